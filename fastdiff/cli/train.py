@@ -1,0 +1,83 @@
+"""`fastdiff train`: a checkpoint from images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .console import console, progress_bar
+
+
+def train(
+    data: Annotated[Path, typer.Option(help=".npz with x/x_train and y/y_train, or a folder of images")],
+    out: Annotated[Path, typer.Option(help="run folder: model.safetensors (EMA), state.pt, loss.png")],
+    steps: Annotated[int, typer.Option(min=1, help="optimiser steps in all; a resumed run goes on to this number")] = 5000,
+    batch: Annotated[int, typer.Option(min=1)] = 64,
+    lr: Annotated[float, typer.Option(help="peak learning rate; falls linearly to 0")] = 5e-4,
+    warmup: Annotated[int, typer.Option(min=0)] = 200,
+    schedule: Annotated[str, typer.Option(help="name, or JSON such as '{\"name\": \"flow\", \"shift\": 3}'")] = "vp_cosine",
+    prediction: Annotated[str, typer.Option(help="eps, x0, v, flow, score or edm")] = "v",
+    weighting: Annotated[str, typer.Option(help="simple, edm or min_snr")] = "simple",
+    times: Annotated[str, typer.Option(help="uniform, lognormal or logit_normal")] = "uniform",
+    time_scale: Annotated[float, typer.Option(help="the network gets time_scale * t; 0 = the prediction's own choice")] = 1000.0,
+    ema: Annotated[float, typer.Option(min=0, max=1)] = 0.999,
+    label_dropout: Annotated[float, typer.Option(min=0, max=1, help="fraction of labels replaced by the null class")] = 0.1,
+    clip: Annotated[float, typer.Option(help="largest gradient norm")] = 1.0,
+    bf16: Annotated[bool, typer.Option(help="bfloat16 autocast of the network")] = False,
+    seed: int = 0,
+    network: Annotated[str, typer.Option(help="JSON of U-Net settings (see fastdiff.models.UNetConfig)")] = "{}",
+    size: Annotated[int | None, typer.Option(help="crop and resize a folder's images to this side")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="torch threads; a resume is bit-exact at the same number")] = None,
+    save_every: Annotated[float, typer.Option(help="seconds between checkpoints")] = 60.0,
+) -> None:
+    """Train a U-Net; run the same command again to go on where an interrupted run stopped."""
+    import torch
+
+    from ..errors import FastdiffError
+    from ..training.data import load_images
+    from ..training.trainer import Progress, TrainConfig, Trainer
+
+    if threads:
+        torch.set_num_threads(threads)
+    try:
+        schedule_config: dict[str, Any] = json.loads(schedule) if schedule.startswith("{") else {"name": schedule}
+        network_config = json.loads(network)
+    except json.JSONDecodeError as e:
+        raise FastdiffError(f"--schedule and --network take JSON: {e}") from e
+    config = TrainConfig(
+        steps, batch, lr, warmup, schedule_config, prediction, weighting, times, time_scale or None, ema,
+        label_dropout, clip, bf16, seed, network_config,
+    )  # fmt: skip
+    trainer = Trainer(config, load_images(data, size), out)
+    if trainer.step:
+        console.print(f"resuming {out} at step {trainer.step} of {steps}")
+    with progress_bar() as bar:
+        task = bar.add_task("train", total=steps, completed=trainer.step)
+
+        def show(p: Progress) -> None:
+            bar.update(task, completed=p.step, description=f"loss {p.loss:.4f}  {p.images_per_second:.0f} images/s")
+
+        trainer.run(show, save_every)
+    _plot_losses(trainer.losses, out / "loss.png")
+    console.print(f"{out / 'model.safetensors'}: {trainer.step} steps, {trainer.step * batch} images")
+
+
+def _plot_losses(values: list[float], path: Path) -> None:
+    """The loss curve, as means over 1 % of the run."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        console.print("no loss.png: pip install 'fastdiff[plots]' for pictures")
+        return
+    from ..files import atomic
+
+    width = max(len(values) // 100, 1)
+    means = [sum(values[i : i + width]) / width for i in range(0, len(values) - width + 1, width)]
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss", yscale="log")
+    axes.plot([(i + 0.5) * width for i in range(len(means))], means)
+    with atomic(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")

@@ -1,0 +1,180 @@
+"""Denoiser: the one canonical prediction, (x, t) -> x0, made from any network at this border."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .errors import FastdiffError
+from .prediction import Coefficients, check_prediction, coefficients
+from .schedule import NoiseSchedule
+
+if TYPE_CHECKING:
+    from .plans import Plan
+
+Network = Callable[..., Any]
+
+
+class Denoiser:
+    """A network together with its schedule and prediction type; call it as `denoiser(x, t) -> x0`.
+
+    Args:
+        network: any callable `(c_in*x, c_noise, **bound) -> F`; c_noise is a (B,) float32 tensor.
+        schedule: the noise schedule that the network was trained with.
+        prediction: "eps", "x0", "v", "flow", "score" or "edm".
+        shape: one sample's shape without the batch, or None where it is not known (then `seeds=` cannot be used).
+        time: maps the schedule's t to what the network wants (index, 1 - t, ...); default t, for "edm" log(sigma/alpha)/4.
+        data_range: the (lowest, highest) value of the images that the network was trained on.
+        output: picks the prediction from what the network returns; default: the first of a tuple, `.sample` of an object.
+    """
+
+    calls = 1  # network calls per evaluation: NFE counts these
+    hash = ""  # sha256 of the checkpoint's weights, where the denoiser was loaded from one
+
+    def __init__(
+        self,
+        network: Network,
+        schedule: NoiseSchedule,
+        prediction: str = "eps",
+        shape: Sequence[int] | None = None,
+        time: Callable[[Any], Any] | None = None,
+        data_range: tuple[float, float] = (-1.0, 1.0),
+        output: Callable[[Any], Tensor] | None = None,
+    ) -> None:
+        check_prediction(prediction)
+        if not data_range[0] < data_range[1]:
+            raise FastdiffError(f"data_range must be (lowest, highest); given {data_range}")
+        self.network = network
+        self.schedule = schedule
+        self.prediction = prediction
+        self.shape = None if shape is None else tuple(shape)
+        self.time = time
+        self.data_range = data_range
+        self.output = output or first_tensor
+        self.cond: dict[str, Any] = {}
+        self.plan: Plan | None = None  # the plan that a student or a tuned checkpoint ships with
+        self.info: dict[str, Any] = {}  # the checkpoint's own metadata
+        self._levels: dict[float, tuple[Coefficients, float]] = {}
+
+    def bind(self, **cond: Any) -> Denoiser:
+        """A copy with conditioning attached: it is passed to every call of the network, by name."""
+        bound = copy.copy(self)
+        bound.cond = {**self.cond, **cond}
+        return bound
+
+    def __call__(self, x: Tensor, t: float | Tensor) -> Tensor:
+        """The denoised prediction for the noisy sample x (B, ...) at time t, a float or a (B,) tensor; x's shape and dtype."""
+        if isinstance(t, Tensor):
+            c, c_noise = self._at_tensor(x, t)
+        else:
+            level = self._levels.get(t)
+            c, noise_level = level if level is not None else self._at(t)
+            c_noise = torch.full((x.shape[0],), noise_level, dtype=torch.float32, device=x.device)
+        return self._denoise(x, c, c_noise)
+
+    def raw(self, x: Tensor, c_noise: Tensor) -> Tensor:
+        """The network's own output F for an input already scaled by c_in, in the network's dtype."""
+        dtype = self.dtype
+        return self.output(self.network(x if dtype is None else x.to(dtype), c_noise, **self.cond))
+
+    def _denoise(self, x: Tensor, c: Coefficients, c_noise: Tensor) -> Tensor:
+        c_in, c_skip, c_out = c
+        f = self.raw(x if isinstance(c_in, float) and c_in == 1.0 else x * c_in, c_noise)
+        if f.dtype != x.dtype:
+            f = f.to(x.dtype)
+        if f.shape != x.shape:
+            f = self._drop_variance(f, x)
+        if isinstance(c_skip, float):
+            return torch.add(x * c_skip, f, alpha=c_out) if c_skip != 0.0 else f * c_out
+        return x * c_skip + f * c_out
+
+    def _drop_variance(self, f: Tensor, x: Tensor) -> Tensor:
+        doubled = (x.shape[0], 2 * x.shape[1], *x.shape[2:])
+        if f.shape != doubled:
+            raise FastdiffError(
+                f"the network returned shape {tuple(f.shape)} for an input of {tuple(x.shape)}; it must return the same "
+                "shape (or twice the channels, with learned variance); pass output= to pick the right tensor"
+            )
+        return f[:, : x.shape[1]]
+
+    def _at(self, t: float) -> tuple[Coefficients, float]:
+        """Coefficients and c_noise of one time, computed once in float64 and kept."""
+        alpha, sigma = float(self.schedule.alpha(t)), float(self.schedule.sigma(t))
+        if alpha == 0.0 and self.prediction in ("eps", "score"):
+            raise FastdiffError(
+                f"prediction={self.prediction!r} does not determine x0 at alpha = 0 (t = {t:g}): start below full noise "
+                "(a schedule with a finite log-SNR), or use a v, x0 or flow prediction"
+            )
+        c = Coefficients(*(float(value) for value in coefficients(self.prediction, alpha, sigma, self.sigma_data)))
+        if self.time is not None:
+            c_noise = float(self.time(t))
+        elif self.prediction == "edm":
+            c_noise = math.log(sigma / alpha) / 4
+        else:
+            c_noise = float(t)
+        self._levels[t] = c, c_noise
+        return c, c_noise
+
+    def _at_tensor(self, x: Tensor, t: Tensor) -> tuple[Coefficients, Tensor]:
+        # alpha and sigma keep float64: near sigma = 0 and alpha = 0 float32 times lose the level's digits
+        t64 = t.double()
+        alpha, sigma = self.schedule.alpha(t64), self.schedule.sigma(t64)
+        ones = (1,) * (x.ndim - 1)
+        c = coefficients(self.prediction, alpha, sigma, self.sigma_data)
+        c = Coefficients(*(v.to(x.dtype).view(-1, *ones) if isinstance(v, Tensor) else v for v in c))
+        if self.time is not None:
+            c_noise = self.time(t64)
+        else:
+            c_noise = torch.log(sigma / alpha) / 4 if self.prediction == "edm" else t64
+        return c, c_noise.float()
+
+    @property
+    def sigma_data(self) -> float:
+        return float(getattr(self.schedule, "sigma_data", 0.5))
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype of the network's parameters; None for a callable without any, which gets the state's dtype."""
+        cached = self.__dict__.get("_dtype", False)
+        if cached is False:
+            parameters = self.network.parameters() if isinstance(self.network, torch.nn.Module) else iter(())
+            cached = next((p.dtype for p in parameters if p.is_floating_point()), None)
+            self._dtype: torch.dtype | None = cached
+        return cached  # type: ignore[return-value]
+
+    @property
+    def device(self) -> torch.device:
+        parameters = self.network.parameters() if isinstance(self.network, torch.nn.Module) else iter(())
+        return next((p.device for p in parameters), torch.device("cpu"))
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Denoiser:
+        """Moves and casts the network, in place as `nn.Module.to`; returns this denoiser."""
+        if isinstance(self.network, torch.nn.Module):
+            self.network.to(device=device, dtype=dtype)
+            self.__dict__.pop("_dtype", None)
+        return self
+
+    def images(self, x: Tensor) -> Tensor:
+        """Samples in the data's own range -> images in [0, 1], float32, clipped."""
+        low, high = self.data_range
+        return ((x.float() - low) / (high - low)).clamp(0, 1)
+
+
+def first_tensor(out: Any) -> Tensor:
+    """The prediction in what common networks return: a tensor, a tuple's or list's first, a dict's or object's "sample"."""
+    if isinstance(out, Tensor):
+        return out
+    if isinstance(out, dict):
+        out = out.get("sample", next(iter(out.values()), None))
+    elif isinstance(out, tuple | list):
+        out = out[0] if out else None
+    else:
+        out = getattr(out, "sample", None)
+    if not isinstance(out, Tensor):
+        raise FastdiffError("the network returned no tensor that can be told apart: pass output= to pick it")
+    return out

@@ -1,0 +1,5 @@
+"""Networks that fastdiff trains and loads itself."""
+
+from .unet import UNet, UNetConfig
+
+__all__ = ["UNet", "UNetConfig"]

@@ -1,0 +1,241 @@
+"""The ADM U-Net (Dhariwal and Nichol 2021) under the state-dict names of guided-diffusion, so its checkpoints load as they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .. import ops
+from ..errors import FastdiffError
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The shape of a U-Net. `attention` holds downsampling factors (2 = half the input's resolution), as in ADM.
+
+    `num_classes` counts the embedding's rows; with `null_class` the last of them is the class "none" of label dropout.
+    """
+
+    in_channels: int = 3
+    out_channels: int = 3
+    model_channels: int = 128
+    channel_mult: tuple[float, ...] = (1, 2, 2)
+    num_res_blocks: int = 2
+    attention: tuple[int, ...] = (2, 4)
+    head_channels: int = 64
+    num_classes: int | None = None
+    null_class: bool = False
+    dropout: float = 0.0
+    resblock_updown: bool = False
+    use_scale_shift_norm: bool = True
+    new_attention_order: bool = False
+    learned_variance: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("channel_mult", "attention"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for mult in self.channel_mult:
+            if int(mult * self.model_channels) % 32:
+                raise FastdiffError(
+                    f"every level's channels must be a multiple of 32 (GroupNorm has 32 groups); given "
+                    f"{self.model_channels} x {mult}"
+                )
+
+    def asdict(self) -> dict[str, Any]:
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+
+def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
+    """Sinusoidal features (B, dim), cosines first, of times (B,) (Vaswani et al. 2017; Ho et al. 2020)."""
+    half = dim // 2
+    freqs = torch.exp(torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(max_period) / half))
+    args = t.float()[:, None] * freqs
+    return F.pad(torch.cat([args.cos(), args.sin()], dim=-1), (0, dim % 2))
+
+
+class Norm(nn.GroupNorm):
+    """GroupNorm with 32 groups, optionally followed by scale, shift and SiLU in one operation."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(32, channels)
+
+    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, silu: bool = False) -> Tensor:
+        return ops.group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, scale, shift, silu)
+
+
+def zero_(module: nn.Module) -> nn.Module:
+    """The module with all parameters zero: a block that starts as the identity."""
+    for p in module.parameters():
+        nn.init.zeros_(p)
+    return module
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int, conv: bool = True) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if conv else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.interpolate(x, scale_factor=2, mode="nearest")
+        return self.conv(x) if self.conv is not None else x
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int, conv: bool = True) -> None:
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if conv else nn.AvgPool2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class ResBlock(nn.Module):
+    """GroupNorm, SiLU, convolution, twice, with the embedding added or scaling and shifting the second normalisation."""
+
+    def __init__(self, channels: int, emb_channels: int, out_channels: int, c: UNetConfig, resample: str = "") -> None:
+        super().__init__()
+        self.scale_shift = c.use_scale_shift_norm
+        # Sequential only for its names (in_layers.0 is the norm, .2 the convolution): forward fuses norm and SiLU
+        self.in_layers = nn.Sequential(Norm(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, (2 if self.scale_shift else 1) * out_channels))
+        self.out_layers = nn.Sequential(
+            Norm(out_channels), nn.SiLU(), nn.Dropout(c.dropout), zero_(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        )
+        same = channels == out_channels
+        self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
+        self.resample = {"up": Upsample(channels, False), "down": Downsample(channels, False)}.get(resample, nn.Identity())
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.in_layers[0](x, silu=True)
+        h, x = self.resample(h), self.resample(x)
+        h = self.in_layers[2](h)
+        e = self.emb_layers(emb).to(h.dtype)
+        norm, _, dropout, conv = self.out_layers
+        if self.scale_shift:
+            scale, shift = e.chunk(2, dim=1)
+            h = norm(h, scale, shift, silu=True)
+        else:
+            h = norm(h + e[:, :, None, None], silu=True)
+        return self.skip_connection(x) + conv(dropout(h))
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over all positions; channels split into heads of `head_channels`."""
+
+    def __init__(self, channels: int, head_channels: int, new_order: bool) -> None:
+        super().__init__()
+        if channels % head_channels:
+            raise FastdiffError(f"channels with attention must be a multiple of head_channels; given {channels}, {head_channels}")
+        self.heads = channels // head_channels
+        self.new_order = new_order  # ADM split q, k, v before the heads in later checkpoints, after them in the first
+        self.norm = Norm(channels)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.proj_out = zero_(nn.Conv1d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, *spatial = x.shape
+        flat = x.reshape(b, c, -1)
+        qkv = self.qkv(self.norm(flat))
+        length = flat.shape[-1]
+        if self.new_order:
+            q, k, v = qkv.view(b, 3, self.heads, c // self.heads, length).unbind(1)
+        else:
+            q, k, v = qkv.view(b, self.heads, 3, c // self.heads, length).unbind(2)
+        h = ops.attention(q.transpose(-1, -2), k.transpose(-1, -2), v.transpose(-1, -2))
+        h = h.transpose(-1, -2).reshape(b, c, length)
+        return (flat + self.proj_out(h)).view(b, c, *spatial)
+
+
+class EmbedSequential(nn.Sequential):
+    """A Sequential that hands the embedding to the blocks that take it."""
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # type: ignore[override]
+        for layer in self:
+            x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
+        return x
+
+
+class UNet(nn.Module):
+    """(x, t, class_labels) -> prediction of x's shape, or of 2x its channels with learned variance.
+
+    Shapes: x (B, in_channels, H, W), H and W divisible by 2**(levels-1); t (B,) float; class_labels (B,) int64.
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = c = config
+        self.checkpointing = False
+        emb = c.model_channels * 4
+        self.time_embed = nn.Sequential(nn.Linear(c.model_channels, emb), nn.SiLU(), nn.Linear(emb, emb))
+        self.label_emb = nn.Embedding(c.num_classes, emb) if c.num_classes else None
+        ch = int(c.channel_mult[0] * c.model_channels)
+        skips = [ch]
+        self.input_blocks = nn.ModuleList([EmbedSequential(nn.Conv2d(c.in_channels, ch, 3, padding=1))])
+        for level, mult in enumerate(c.channel_mult):
+            out = int(mult * c.model_channels)
+            for _ in range(c.num_res_blocks):
+                self.input_blocks.append(self._stage(ch, emb, out, level))
+                ch = out
+                skips.append(ch)
+            if level < len(c.channel_mult) - 1:
+                down = ResBlock(ch, emb, ch, c, "down") if c.resblock_updown else Downsample(ch)
+                self.input_blocks.append(EmbedSequential(down))
+                skips.append(ch)
+        self.middle_block = EmbedSequential(
+            ResBlock(ch, emb, ch, c), AttentionBlock(ch, c.head_channels, c.new_attention_order), ResBlock(ch, emb, ch, c)
+        )
+        self.output_blocks = nn.ModuleList()
+        for level, mult in reversed(list(enumerate(c.channel_mult))):
+            out = int(mult * c.model_channels)
+            for i in range(c.num_res_blocks + 1):
+                stage = self._stage(ch + skips.pop(), emb, out, level)
+                ch = out
+                if level and i == c.num_res_blocks:
+                    stage.append(ResBlock(ch, emb, ch, c, "up") if c.resblock_updown else Upsample(ch))
+                self.output_blocks.append(stage)
+        out_channels = c.out_channels * (2 if c.learned_variance else 1)
+        self.out = nn.Sequential(Norm(ch), nn.SiLU(), zero_(nn.Conv2d(ch, out_channels, 3, padding=1)))
+
+    def _stage(self, ch: int, emb: int, out: int, level: int) -> EmbedSequential:
+        stage = EmbedSequential(ResBlock(ch, emb, out, self.config))
+        if 2**level in self.config.attention:
+            stage.append(AttentionBlock(out, self.config.head_channels, self.config.new_attention_order))
+        return stage
+
+    @property
+    def null_label(self) -> int | None:
+        """The label that stands for "no class", or None where the network has none."""
+        c = self.config
+        return c.num_classes - 1 if c.num_classes and c.null_class else None
+
+    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        emb = self.time_embed(timestep_embedding(t, self.config.model_channels).to(x.dtype))
+        if self.label_emb is not None:
+            if class_labels is None:
+                raise FastdiffError("this network is class-conditional: bind class_labels=... (one integer a sample)")
+            emb = emb + self.label_emb(class_labels).to(emb.dtype)
+        h, skips = x, []
+        for block in self.input_blocks:
+            h = self._run(block, h, emb)
+            skips.append(h)
+        h = self._run(self.middle_block, h, emb)
+        for block in self.output_blocks:
+            h = self._run(block, torch.cat([h, skips.pop()], dim=1), emb)
+        return self.out[2](self.out[0](h, silu=True))
+
+    def _run(self, block: nn.Module, h: Tensor, emb: Tensor) -> Tensor:
+        if self.checkpointing and self.training:
+            return checkpoint(block, h, emb, use_reentrant=False)  # type: ignore[return-value]
+        return block(h, emb)
+
+
+def count_parameters(modules: Sequence[nn.Module]) -> int:
+    """The number of trainable and frozen parameters together."""
+    return sum(p.numel() for m in modules for p in m.parameters())

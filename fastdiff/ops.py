@@ -1,0 +1,37 @@
+"""The heavy operations of a U-Net and of the sampler's update: one name each, torch here, fused kernels where they exist."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def group_norm_silu(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5,
+    scale: Tensor | None = None, shift: Tensor | None = None, silu: bool = True,
+) -> Tensor:  # fmt: skip
+    """silu(GroupNorm(x) * (1 + scale) + shift), statistics in float32.
+
+    Shapes: x (B, C, *spatial); weight, bias (C,); scale, shift (B, C) or None. Returns x's shape and dtype.
+    """
+    y = F.group_norm(x, groups, weight.to(x.dtype), bias.to(x.dtype), eps)
+    if scale is not None and shift is not None:
+        ones = (1,) * (x.ndim - 2)
+        y = torch.addcmul(shift.view(*shift.shape, *ones), y, 1 + scale.view(*scale.shape, *ones))
+    return F.silu(y) if silu else y
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v for (B, heads, length, d) inputs."""
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def combine(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """The weighted sum of same-shaped tensors: one row of a plan. Never aliases an input; needs at least one tensor."""
+    y = tensors[0] * weights[0]
+    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
+        y.add_(tensor, alpha=weight)
+    return y

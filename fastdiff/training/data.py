@@ -1,0 +1,99 @@
+"""Training images as one uint8 array in memory, from an .npz file or a folder of images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import FastdiffError
+from ..files import sha256
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+
+
+@dataclass(frozen=True)
+class Images:
+    """x: (n, C, H, W) uint8; y: (n,) int64 labels or None; names of the classes; sha256 of the source ("" for a folder)."""
+
+    x: Tensor
+    y: Tensor | None
+    names: tuple[str, ...]
+    digest: str
+
+    @property
+    def num_classes(self) -> int:
+        return 0 if self.y is None else int(self.y.max()) + 1
+
+
+def load_images(path: str | Path, size: int | None = None) -> Images:
+    """Reads `x_train`/`x` and `y_train`/`y` of an .npz, or a folder (one subfolder a class, or images alone).
+
+    Raises:
+        FastdiffError: no such path, no images in it, or arrays of the wrong type or shape.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _from_folder(path, size)
+    if path.suffix != ".npz":
+        raise FastdiffError(f"data must be an .npz file or a folder of images; given {path}")
+    try:
+        with np.load(path, allow_pickle=False) as f:
+            arrays = {k: f[k] for k in ("x_train", "x", "y_train", "y", "names") if k in f.files}
+    except (OSError, ValueError, EOFError) as e:
+        raise FastdiffError(f"cannot read {path}: {e}") from e
+    x = arrays.get("x_train", arrays.get("x"))
+    y = arrays.get("y_train", arrays.get("y"))
+    if x is None or x.dtype != np.uint8 or x.ndim not in (3, 4):
+        raise FastdiffError(f"{path} must hold x or x_train, uint8, (n, H, W) or (n, H, W, C); given "
+                            f"{None if x is None else (x.dtype.name, x.shape)}")  # fmt: skip
+    if y is not None and (y.shape != x.shape[:1] or y.dtype.kind not in "iu"):
+        raise FastdiffError(f"{path}: y must hold one integer label an image; given {y.dtype.name} {y.shape} for {len(x)}")
+    x = x[:, None] if x.ndim == 3 else np.moveaxis(x, -1, 1)
+    labels = None if y is None else torch.from_numpy(y.astype(np.int64))
+    names = tuple(str(n) for n in arrays["names"]) if "names" in arrays else ()
+    return Images(torch.from_numpy(np.ascontiguousarray(x)), labels, names, sha256(path))
+
+
+def _from_folder(path: Path, size: int | None) -> Images:
+    try:
+        from PIL import Image
+    except ImportError as e:
+        raise FastdiffError("a folder of images needs pillow: pip install 'fastdiff[plots]'") from e
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise FastdiffError(f"no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in {path}")
+    with Image.open(files[0]) as first:
+        size = size or min(first.size)
+    rows = []
+    for file in files:
+        with Image.open(file) as image:
+            image = image.convert("RGB")
+            side = min(image.size)
+            left, top = (image.width - side) // 2, (image.height - side) // 2
+            square = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
+            rows.append(np.asarray(square, np.uint8).transpose(2, 0, 1))
+    classes = sorted({f.parent.name for f in files})
+    y = None
+    if len(classes) > 1:
+        y = torch.tensor([classes.index(f.parent.name) for f in files])
+    return Images(torch.from_numpy(np.stack(rows)), y, tuple(classes) if y is not None else (), "")
+
+
+def batch_indices(n: int, batch: int, step: int, seed: int) -> Tensor:
+    """The indices (batch,) of one step: a fresh seeded permutation an epoch, batches running on across its border.
+
+    A function of (seed, step) alone, so a resumed run sees the same images without any saved state.
+    """
+    start = step * batch
+    rows = []
+    while batch:
+        epoch, offset = divmod(start, n)
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        take = min(batch, n - offset)
+        rows.append(torch.randperm(n, generator=generator)[offset : offset + take])
+        start, batch = start + take, batch - take
+    return torch.cat(rows)

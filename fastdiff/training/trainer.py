@@ -1,0 +1,202 @@
+"""Training a diffusion U-Net from images: resumable bit for bit, because every random draw is a function of (seed, step)."""
+
+from __future__ import annotations
+
+import copy
+import io
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoints import native
+from ..denoiser import Denoiser
+from ..errors import FastdiffError
+from ..files import write_bytes
+from ..models import UNet, UNetConfig
+from ..schedule import from_config
+from . import losses
+from .data import Images, batch_indices
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that determines the weights. Times are in optimiser steps, `lr` falls linearly to 0 over `steps`."""
+
+    steps: int
+    batch: int = 64
+    lr: float = 5e-4
+    warmup: int = 200
+    schedule: dict[str, Any] = field(default_factory=lambda: {"name": "vp_cosine"})
+    prediction: str = "v"
+    weighting: str = "simple"
+    times: str = "uniform"
+    time_scale: float | None = 1000.0
+    ema: float = 0.999
+    label_dropout: float = 0.1
+    clip: float = 1.0
+    bf16: bool = False
+    seed: int = 0
+    network: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Progress:
+    """What a callback sees after each step."""
+
+    step: int
+    steps: int
+    loss: float
+    images_per_second: float
+
+
+def unet_config(config: TrainConfig, data: Images) -> UNetConfig:
+    """The network's shape: channels and classes from the data, the rest from the configuration."""
+    classes = data.num_classes
+    fields: dict[str, Any] = {"in_channels": data.x.shape[1], "out_channels": data.x.shape[1]}
+    if classes:
+        fields |= {"num_classes": classes + 1, "null_class": True}
+    return UNetConfig(**(fields | config.network))
+
+
+class Trainer:
+    """Holds network, EMA and optimiser; `run()` trains to the end, saving `model.safetensors` (EMA) and `state.pt`.
+
+    Raises:
+        FastdiffError: resuming a run whose configuration or data differ (the message names them).
+    """
+
+    def __init__(self, config: TrainConfig, data: Images, out: Path) -> None:
+        self.config, self.data, self.out = config, data, out
+        torch.manual_seed(config.seed)
+        self.network = UNet(unet_config(config, data))
+        self.ema = copy.deepcopy(self.network).requires_grad_(False)
+        self.optimiser = torch.optim.AdamW(self.network.parameters(), lr=config.lr, weight_decay=0.0)
+        self.schedule = from_config(config.schedule)
+        self.denoiser = Denoiser(self.network, self.schedule, config.prediction)  # checks the prediction's name
+        self.step = 0
+        self.losses: list[float] = []
+        self.skipped = 0
+        if (out / "state.pt").exists():
+            self._resume()
+
+    def run(self, callback: Callable[[Progress], None] | None = None, save_every: float = 60.0) -> None:
+        """Trains to `config.steps`. An exception, Ctrl-C among them, saves first; SIGKILL loses `save_every` seconds at most."""
+        saved = start = time.monotonic()
+        first = self.step
+        try:
+            while self.step < self.config.steps:
+                loss = self.train_step()
+                now = time.monotonic()
+                if callback:
+                    rate = (self.step - first) * self.config.batch / max(now - start, 1e-9)
+                    callback(Progress(self.step, self.config.steps, loss, rate))
+                if now - saved > save_every:
+                    self.save()
+                    saved = time.monotonic()
+        finally:
+            self.save()
+
+    def train_step(self) -> float:
+        """One optimiser step on the images and draws that (seed, step) determine; returns the loss."""
+        c = self.config
+        torch.manual_seed(c.seed * 1_000_003 + self.step)  # dropout
+        generator = torch.Generator().manual_seed(c.seed * 1_000_003 + self.step + 500_000_000)
+        self.network.train()
+        for group in self.optimiser.param_groups:
+            group["lr"] = c.lr * min((self.step + 1) / max(c.warmup, 1), 1.0) * (1 - self.step / c.steps)
+        loss = self.loss(generator)
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), c.clip)
+        if bool(norm.isfinite()):
+            self.optimiser.step()
+            self._update_ema()
+        else:
+            self._skip()
+        self.step += 1
+        self.losses.append(float(loss.detach()))
+        return self.losses[-1]
+
+    def loss(self, generator: torch.Generator) -> Tensor:
+        """The weighted squared error of the network's output over one batch."""
+        c = self.config
+        index = batch_indices(len(self.data.x), c.batch, self.step, c.seed)
+        x0 = self.data.x[index].float() / 127.5 - 1
+        t = losses.sample_times(self.schedule, c.batch, c.times, generator)
+        x, eps, alpha, sigma = losses.noised(x0, t, self.schedule, generator)
+        c_in = losses.coefficients(c.prediction, alpha, sigma, self.denoiser.sigma_data).c_in
+        want = losses.target(c.prediction, x0, eps, alpha, sigma, self.denoiser.sigma_data)
+        c_noise = self.denoiser._at_tensor(x, t)[1] if c.time_scale is None else (t * c.time_scale).float()
+        labels = self._labels(index, generator)
+        with torch.autocast("cpu", torch.bfloat16, enabled=c.bf16):
+            got = self.network(x * c_in, c_noise, labels)
+        error = (got.float() - want).square()
+        return (losses.weights(c.weighting, c.prediction, alpha, sigma) * error).mean()
+
+    def _labels(self, index: Tensor, generator: torch.Generator) -> Tensor | None:
+        if self.data.y is None:
+            return None
+        dropped = torch.rand(len(index), generator=generator) < self.config.label_dropout
+        null = self.network.null_label
+        assert null is not None, "unet_config adds the null class wherever there are labels"
+        return torch.where(dropped, null, self.data.y[index])
+
+    @torch.no_grad()
+    def _update_ema(self) -> None:
+        decay = min(self.config.ema, (1 + self.step) / (10 + self.step))  # the average starts short
+        torch._foreach_lerp_(list(self.ema.parameters()), list(self.network.parameters()), 1 - decay)
+
+    def _skip(self) -> None:
+        """A step with a non-finite gradient changes nothing; ten of them stop the run."""
+        self.skipped += 1
+        if self.skipped >= 10:
+            raise FastdiffError(f"10 steps had a non-finite gradient (the last is {self.step}): lower the learning rate")
+
+    def description(self) -> dict[str, Any]:
+        """What the checkpoint says of itself; everything a Denoiser needs and how it was trained."""
+        c = self.config
+        return {
+            "network": self.network.config.asdict(),
+            "schedule": self.schedule.config(),
+            "prediction": c.prediction,
+            "time_scale": c.time_scale,
+            "data_range": [-1, 1],
+            "shape": list(self.data.x.shape[1:]),
+            "class_names": list(self.data.names),
+            "training": {**asdict(c), "step": self.step, "images": self.step * c.batch, "data_sha256": self.data.digest},
+        }
+
+    def save(self) -> None:
+        """Writes the EMA weights as a checkpoint and the whole state for resuming; each appears whole or not at all."""
+        native.save(self.out / "model.safetensors", self.ema.state_dict(), self.description())
+        state = {
+            "config": asdict(self.config),
+            "data_sha256": self.data.digest,
+            "step": self.step,
+            "skipped": self.skipped,
+            "losses": torch.tensor(self.losses, dtype=torch.float32),
+            "network": self.network.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+        }
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        write_bytes(self.out / "state.pt", buffer.getvalue())
+
+    def _resume(self) -> None:
+        state = torch.load(self.out / "state.pt", weights_only=True)
+        now = asdict(self.config) | {"data_sha256": self.data.digest}
+        then = state["config"] | {"data_sha256": state["data_sha256"]}
+        changed = [f"{k} ({then.get(k)} -> {now[k]})" for k in now if now[k] != then.get(k)]
+        if changed:
+            raise FastdiffError(f"{self.out} holds a run with other settings: {', '.join(changed)}; give the old ones or another --out")
+        self.step, self.skipped = state["step"], state["skipped"]
+        self.losses = state["losses"].tolist()
+        self.network.load_state_dict(state["network"])
+        self.ema.load_state_dict(state["ema"])
+        self.optimiser.load_state_dict(state["optimiser"])
