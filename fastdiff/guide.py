@@ -1,0 +1,104 @@
+"""Guidance: functions from Denoiser to Denoiser. scale 1 means no guidance (papers that write w mean scale - 1)."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .denoiser import Denoiser
+from .errors import FastdiffError
+
+
+class Guided(Denoiser):
+    """A denoiser that combines the predictions of a conditional and a negative one: D_n + scale (D_c - D_n)."""
+
+    def __init__(
+        self, positive: Denoiser, negative: Denoiser, scale: float, interval: tuple[float, float], rescale: float
+    ) -> None:
+        self.__dict__.update(copy.copy(positive).__dict__)
+        self.positive, self.negative = positive, negative
+        self.scale, self.interval, self.rescale = scale, interval, rescale
+        self.plan = None  # a plan tuned without guidance says nothing about this denoiser
+
+    @property
+    def calls(self) -> int:  # type: ignore[override]
+        """Network calls an evaluation costs where guidance acts."""
+        return self.positive.calls * (self.scale != 0.0) + self.negative.calls * (self.scale != 1.0)
+
+    def calls_at(self, t: float) -> int:
+        """Network calls of an evaluation at time t."""
+        return self.calls if self._acts(t) else self.positive.calls
+
+    def bind(self, **cond: Any) -> Denoiser:
+        return Guided(self.positive.bind(**cond), self.negative.bind(**cond), self.scale, self.interval, self.rescale)
+
+    def _acts(self, t: float) -> bool:
+        if self.interval == (0.0, math.inf):
+            return True
+        alpha, sigma = float(self.schedule.alpha(t)), float(self.schedule.sigma(t))
+        low, high = self.interval
+        return low * alpha < sigma <= high * alpha if math.isfinite(high) else low * alpha < sigma
+
+    def __call__(self, x: Tensor, t: float | Tensor) -> Tensor:
+        if isinstance(t, Tensor):
+            return self._guided_batch(x, t)
+        if self.scale == 1.0 or not self._acts(t):
+            return self.positive(x, t)
+        return self._combine(x, t)
+
+    def _combine(self, x: Tensor, t: float | Tensor) -> Tensor:
+        if self.scale == 0.0:
+            return self.negative(x, t)
+        d, n = self.positive(x, t), self.negative(x, t)
+        guided = torch.lerp(n, d, self.scale)
+        if self.rescale:
+            # Lin et al. 2023, eq. 15-16: towards the conditional prediction's own standard deviation
+            dims = tuple(range(1, x.ndim))
+            ratio = d.std(dims, keepdim=True) / guided.std(dims, keepdim=True)
+            guided = guided * (1 + self.rescale * (ratio - 1))
+        return guided
+
+    def _guided_batch(self, x: Tensor, t: Tensor) -> Tensor:
+        """Times that differ between samples: guided where each sample's own level lies inside the interval."""
+        guided = self._combine(x, t)
+        if self.scale == 1.0 or self.interval == (0.0, math.inf):
+            return guided
+        u = self.schedule.sigma(t.double()) / self.schedule.alpha(t.double())
+        inside = ((u > self.interval[0]) & (u <= self.interval[1])).view(-1, *(1,) * (x.ndim - 1))
+        return torch.where(inside, guided, self.positive(x, t))
+
+
+def cfg(
+    denoiser: Denoiser,
+    scale: float,
+    cond: Mapping[str, Any] | None = None,
+    negative: Mapping[str, Any] | None = None,
+    interval: tuple[float, float] = (0.0, math.inf),
+    rescale: float = 0.0,
+) -> Guided:
+    """Classifier-free guidance (Ho and Salimans 2022): D_negative + scale (D_cond - D_negative).
+
+    Args:
+        cond, negative: conditioning bound to the two evaluations; a class-conditional network of our own needs no
+            `negative`: its null class is used.
+        interval: sigma/alpha range (low, high] where guidance acts; elsewhere one call (Kynkäänniemi et al. 2024).
+        rescale: 0 to 1, how far the guided prediction is scaled back (Lin et al. 2023, section 3.4).
+
+    Raises:
+        FastdiffError: no negative condition where the network has no null class; scale or rescale not finite or negative.
+    """
+    if not (math.isfinite(scale) and scale >= 0 and 0 <= rescale <= 1 and interval[0] < interval[1]):
+        raise FastdiffError(f"guidance needs scale >= 0, rescale in [0, 1] and a rising interval; given {scale}, {rescale}, {interval}")
+    positive = denoiser.bind(**(cond or {}))
+    if negative is None:
+        null = getattr(denoiser.network, "null_label", None)
+        labels = positive.cond.get("class_labels")
+        if null is None or labels is None:
+            raise FastdiffError("guidance needs negative={...}: this network has no null class of its own, or no labels are bound")
+        negative = {"class_labels": torch.full_like(labels, null)}
+    return Guided(positive, denoiser.bind(**negative), float(scale), interval, float(rescale))

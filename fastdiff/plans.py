@@ -1,0 +1,302 @@
+"""A Plan: a solver on a grid as a frozen table that checks itself when it is made. No torch, no state, no solver here.
+
+The table is a general linear method with variable coefficients. With a base x, a history h and unit noises z (both newest
+first), a row evaluates the denoiser at the current point y, stores p*y + q*D, may draw a noise, and forms the next point and
+the next base as weighted sums of the base before the row, the history and the noises.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import PlanError
+from .files import write_text
+
+FORMAT = 1
+TOLERANCE = 1e-12  # on mean and spread, relative to hypot(alpha, sigma)
+ROUNDING = 8 * 2.0**-52  # and beside it, what adding up the table's own terms may round off, relative to their sizes
+
+
+@dataclass(frozen=True)
+class Weights:
+    """x on the base; h on the history and z on the unit noises, newest first."""
+
+    x: float
+    h: tuple[float, ...] = ()
+    z: tuple[float, ...] = ()
+
+    def scaled(self, factor: float) -> Weights:
+        return Weights(self.x * factor, tuple(w * factor for w in self.h), tuple(w * factor for w in self.z))
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        return (self.x, *self.h, *self.z)
+
+
+IDENTITY = Weights(1.0)
+X0_ENTRY = ((0.0, 1.0),)  # the store that keeps the denoised prediction itself
+
+
+@dataclass(frozen=True)
+class Row:
+    """One evaluation. See the module's text; `draw` names the Brownian interval (from, to) of a new noise, or "free"."""
+
+    t: float
+    alpha: float
+    sigma: float
+    next: Weights
+    base: Weights
+    store: tuple[tuple[float, float], ...] = X0_ENTRY
+    draw: tuple[float, float] | str | None = None
+    var: tuple[float, float] | None = None
+
+    @property
+    def calls(self) -> bool:
+        """Whether the network is called: not where every stored weight on its prediction is 0."""
+        return any(q != 0.0 for _, q in self.store)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A row as an executor runs it: registers instead of positions, zero weights left out, dead registers named.
+
+    Register 0 is the base. `next` and `base` are sums over (register, weight); base None means "the next point itself", an
+    empty base means "unchanged".
+    """
+
+    t: float
+    call: bool
+    stores: tuple[tuple[int, float, float], ...]
+    draw: int | None
+    next: tuple[tuple[int, float], ...]
+    base: tuple[tuple[int, float], ...] | None
+    free: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A fixed-grid sampler as a table.
+
+    `start` and `end` are levels (alpha, sigma). `mean` and `spread` declare how the table keeps the moments of constant-
+    denoiser data: "exact" (checked here), "order p" or "waived: reason". `nfe` counts rows that call the network.
+
+    Raises:
+        PlanError: weights that are not finite, refer to entries that do not exist, or break what the plan declares.
+    """
+
+    name: str
+    rows: tuple[Row, ...]
+    start: tuple[float, float]
+    end: tuple[float, float]
+    first: Weights = IDENTITY
+    order: int = 1
+    stochastic: bool = False
+    mean: str = "exact"
+    spread: str = "exact"
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.rows:
+            raise PlanError(f"plan {self.name} has no rows")
+        self._check_declarations()
+        self._check_structure()
+        self._check_moments()
+
+    @property
+    def nfe(self) -> int:
+        """Evaluations of the denoiser; a guided denoiser may call its network twice in each."""
+        return sum(row.calls for row in self.rows)
+
+    @property
+    def draws(self) -> int:
+        """Unit noises drawn, the start noise not counted."""
+        return len(self.first.z) + sum(row.draw is not None for row in self.rows)
+
+    def _check_declarations(self) -> None:
+        for what, value in (("mean", self.mean), ("spread", self.spread)):
+            if value != "exact" and not value.startswith(("order ", "waived: ")):
+                raise PlanError(f'{what} must be "exact", "order p" or "waived: reason"; given {value!r}')
+
+    def _check_structure(self) -> None:
+        stored, drawn = 0, len(self.first.z)
+        if len(self.first.z) > 1 or self.first.h:
+            raise PlanError(f"plan {self.name}: `first` may weigh the start and one noise, nothing else")
+        for i, row in enumerate(self.rows):
+            stored += len(row.store)
+            drawn += row.draw is not None
+            for weights in (row.next, row.base):
+                if not all(math.isfinite(w) for w in weights.values):
+                    raise PlanError(f"plan {self.name}, row {i} (t = {row.t:g}): a weight is not finite")
+                if len(weights.h) > stored or len(weights.z) > drawn:
+                    raise PlanError(f"plan {self.name}, row {i}: it weighs {len(weights.h)} history entries of {stored} and "
+                                    f"{len(weights.z)} noises of {drawn}")  # fmt: skip
+            if not all(math.isfinite(w) for pair in row.store for w in pair):
+                raise PlanError(f"plan {self.name}, row {i} (t = {row.t:g}): a stored weight is not finite")
+
+    def moments(self) -> list[tuple[float, float, float]]:
+        """(mean, standard deviation, rounding bound) at every evaluated point and the end, for the constant denoiser D = 1
+        with the start drawn from N(alpha_start, sigma_start^2): what the plan claims is (alpha, sigma)."""
+        # Every state is a vector: its mean, its weights on independent unit normals (start noise, then the draws), and last
+        # a running error: weights grow like the ratio of two levels, and with them the rounding of their sum.
+        size = 3 + self.draws
+        unit, points = np.eye(size), []
+        noises, history = [], []
+        base = unit[0] * self.start[0] + unit[1] * self.start[1]
+        drawn = 2
+        if self.first.z:
+            noises.insert(0, unit[drawn])
+            drawn += 1
+        base = _sum(self.first, base, history, noises)
+        y = base
+        for row in self.rows:
+            points.append(y)
+            for p, q in row.store:
+                history.insert(0, _add([(p, y), (q, unit[0])]))
+            if row.draw is not None:
+                noises.insert(0, unit[drawn])
+                drawn += 1
+            y, base = _sum(row.next, base, history, noises), _sum(row.base, base, history, noises)
+        points.append(y)
+        return [(float(v[0]), float(np.linalg.norm(v[1:-1])), float(v[-1])) for v in points]
+
+    def _check_moments(self) -> None:
+        levels = [(row.alpha, row.sigma) for row in self.rows] + [self.end]
+        for i, ((mean, spread, rounding), (alpha, sigma)) in enumerate(zip(self.moments(), levels, strict=True)):
+            bound = TOLERANCE * math.hypot(alpha, sigma) + rounding
+            where = "end" if i == len(self.rows) else f"row {i} (t = {self.rows[i].t:g})"
+            if self.mean == "exact" and not abs(mean - alpha) <= bound:
+                raise PlanError(f"plan {self.name}, {where}: its weights give a mean of {mean:.15g} where alpha is {alpha:.15g}")
+            if self.spread == "exact" and not abs(spread - sigma) <= bound:
+                raise PlanError(f"plan {self.name}, {where}: its weights give a noise of {spread:.15g} where sigma is {sigma:.15g}")
+
+    @cached_property
+    def program(self) -> tuple[Step, ...]:
+        """The rows compiled to registers; every executor runs this. An entry is dropped after the last row that reads it."""
+        return _compile(self)
+
+    @property
+    def registers(self) -> int:
+        """Registers the program needs: the base, and the most history entries and noises alive at once."""
+        used = [r for s in self.program for r, _ in (*s.next, *(s.base or ()))]
+        used += [r for s in self.program for r, _, _ in s.stores] + [s.draw for s in self.program if s.draw is not None]
+        return 1 + max(used, default=0)
+
+    def to_json(self) -> str:
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the plan as JSON, whole or not at all; floats keep every bit."""
+        write_text(path, self.to_json() + "\n")
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The plan of `to_json`, checked like any other.
+
+        Raises:
+            PlanError: not a plan, of another format, or one that does not keep what it declares.
+        """
+        try:
+            data = json.loads(text)
+            if data.pop("format") != FORMAT:
+                raise PlanError(f"this version reads plans of format {FORMAT}")
+            rows = tuple(_row(r) for r in data.pop("rows"))
+            first = _weights(data.pop("first"))
+            return cls(rows=rows, first=first, **{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as e:
+            raise PlanError(f"not a plan: {type(e).__name__} {e}") from e
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        try:
+            return cls.from_json(Path(path).read_text())
+        except OSError as e:
+            raise PlanError(f"cannot read the plan {path}: {e.strerror}") from e
+        except UnicodeDecodeError as e:
+            raise PlanError(f"{path} is not a plan: it is not text") from e
+
+
+Term = tuple[str, float]
+
+
+def _sum(w: Weights, base: np.ndarray, history: Sequence[np.ndarray], noises: Sequence[np.ndarray]) -> np.ndarray:
+    return _add([(w.x, base), *zip(w.h, history, strict=False), *zip(w.z, noises, strict=False)])
+
+
+def _add(terms: Sequence[tuple[float, np.ndarray]]) -> np.ndarray:
+    """The weighted sum of state vectors; the last element bounds its rounding."""
+    total = np.zeros_like(terms[0][1])
+    for weight, v in terms:
+        total[:-1] += weight * v[:-1]
+        total[-1] += abs(weight) * (v[-1] + ROUNDING * np.linalg.norm(v[:-1]))
+    return total
+
+
+def _weights(data: dict[str, Any]) -> Weights:
+    return Weights(float(data["x"]), tuple(map(float, data["h"])), tuple(map(float, data["z"])))
+
+
+def _row(data: dict[str, Any]) -> Row:
+    draw, var = data["draw"], data["var"]
+    return Row(
+        t=float(data["t"]), alpha=float(data["alpha"]), sigma=float(data["sigma"]),
+        next=_weights(data["next"]), base=_weights(data["base"]),
+        store=tuple((float(p), float(q)) for p, q in data["store"]),
+        draw=tuple(draw) if isinstance(draw, list) else draw, var=None if var is None else tuple(var),
+    )  # fmt: skip
+
+
+def _named_terms(plan: Plan) -> list[tuple[list[str], str | None, list[Term], list[Term]]]:
+    """For each row: the entries it stores, the noise it draws, and its `next` and `base` over names instead of positions."""
+    history: list[str] = []
+    noises = ["z"] * len(plan.first.z)
+    out = []
+    for i, row in enumerate(plan.rows):
+        stored = [f"h{i}.{j}" for j in range(len(row.store))]
+        history = stored[::-1] + history
+        drawn = None if row.draw is None else f"z{i}"
+        if drawn:
+            noises.insert(0, drawn)
+        nxt, base = (
+            [(name, w) for name, w in (*zip(history, s.h, strict=False), *zip(noises, s.z, strict=False)) if w != 0.0]
+            for s in (row.next, row.next if i == len(plan.rows) - 1 else row.base)  # nothing builds on the last base
+        )
+        out.append((stored, drawn, nxt, base))
+    return out
+
+
+def _compile(plan: Plan) -> tuple[Step, ...]:
+    """Registers by linear scan over the last use of each history entry and noise."""
+    named = _named_terms(plan)
+    last_use = {name: i for i, (_, _, nxt, base) in enumerate(named) for name, _ in (*nxt, *base)}
+    register: dict[str, int] = {}
+    spare: list[int] = []
+    steps = []
+
+    def take(name: str) -> int:
+        register[name] = spare.pop() if spare else len(register) + 1
+        return register[name]
+
+    def sum_of(x: float, terms: list[Term]) -> tuple[tuple[int, float], ...]:
+        return tuple(((0, x),) if x != 0.0 or not terms else ()) + tuple((register[name], w) for name, w in terms)
+
+    if "z" in last_use:
+        take("z")
+    for i, (row, (stored, drawn, nxt, base)) in enumerate(zip(plan.rows, named, strict=True)):
+        stores = tuple((take(name), p, q) for name, (p, q) in zip(stored, row.store, strict=True) if name in last_use)
+        draw = take(drawn) if drawn in last_use and drawn is not None else None
+        same = row.base == row.next or i == len(named) - 1
+        unchanged = row.base == IDENTITY
+        base_sum = None if same else () if unchanged else sum_of(row.base.x, base)
+        dead = [name for name in register if last_use[name] == i]
+        step_next = sum_of(row.next.x, nxt)
+        spare += [register.pop(name) for name in dead]
+        steps.append(Step(row.t, row.calls, stores, draw, step_next, base_sum, tuple(spare[len(spare) - len(dead):])))
+    return tuple(steps)

@@ -1,0 +1,157 @@
+"""The eager executor: runs a plan's table on a denoiser. It knows nothing of solvers and reads no tensor's value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import FastdiffError, NonFiniteError
+from .noise import NoiseSource, from_seeds
+from .plans import Plan
+
+DenoiserLike = Callable[[Tensor, Any], Tensor]
+Callback = Callable[[int, Tensor], None]
+
+
+@torch.no_grad()
+def sample(
+    denoiser: DenoiserLike,
+    plan: Plan | None = None,
+    noise: Tensor | NoiseSource | None = None,
+    *,
+    seeds: Sequence[int] | None = None,
+    start: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Samples in the model's own data range, (B, *shape), of the state's dtype.
+
+    Args:
+        denoiser: a Denoiser, or any callable (x, t) -> x0.
+        plan: the table to run; default the one the checkpoint ships with (`denoiser.plan`).
+        noise: unit start noise (B, *shape), scaled by the plan's starting sigma; or a NoiseSource for start and draws alike.
+        seeds: one whole number a sample, for start and draws; the shape is the denoiser's. May go with `noise` or `start`.
+        start: the model's own noisy state at the plan's start level, instead of noise.
+        dtype: of the state, whatever the network's.
+        callback: called with (row index, the point the next row evaluates) after every row.
+
+    Raises:
+        FastdiffError: nothing or too much to start from, a wrong shape, draws without a source.
+        NonFiniteError: the network returned NaN or infinity (which row and time).
+    """
+    plan = plan if plan is not None else getattr(denoiser, "plan", None)
+    if plan is None:
+        raise FastdiffError("no plan given, and the checkpoint ships with none: make one with fd.plan(solver, denoiser, nfe=...)")
+    state, source = begin(denoiser, plan, noise, seeds, start, dtype, device)
+    result = run(denoiser, plan, state, source, callback)
+    if not bool(result.isfinite().all()):  # the one host sync, after the loop
+        _explain(denoiser, plan, state, source)
+    return result
+
+
+def begin(
+    denoiser: DenoiserLike, plan: Plan, noise: Tensor | NoiseSource | None, seeds: Sequence[int] | None,
+    start: Tensor | None, dtype: torch.dtype, device: torch.device | str | None,
+) -> tuple[Tensor, NoiseSource | None]:  # fmt: skip
+    """The starting state and the source of the plan's draws, from what the caller gave."""
+    tensor = noise if isinstance(noise, Tensor) else None
+    given_source = noise if noise is not None and tensor is None else None
+    if given_source is not None and seeds is not None:
+        raise FastdiffError("give seeds= or a noise source, not both")
+    if start is not None and tensor is not None:
+        raise FastdiffError("give noise= (unit) or start= (the model's own noisy state), not both")
+    source = from_seeds(seeds) if seeds is not None else given_source
+    shape = getattr(denoiser, "shape", None)
+    if start is None and tensor is None:
+        if source is None:
+            raise FastdiffError("nothing to start from: give seeds=, noise= or start=")
+        if shape is None or seeds is None:
+            raise FastdiffError("the shape of a sample is not known: give noise= or start=, or make the Denoiser with shape=")
+        where = torch.device(device) if device is not None else getattr(denoiser, "device", torch.device("cpu"))
+        tensor = source(0, (len(seeds), *shape), where)
+    given = start if start is not None else tensor
+    assert given is not None
+    if shape is not None and tuple(given.shape[1:]) != tuple(shape):
+        raise FastdiffError(f"a batch of shape (B, {', '.join(map(str, shape))}) is wanted; given {tuple(given.shape)}")
+    if not given.is_floating_point():
+        raise FastdiffError(f"noise and start must be floating point; given {given.dtype}")
+    given = given.to(device=device, dtype=dtype)
+    if plan.draws and source is None:
+        raise FastdiffError(f"plan {plan.name} draws {plan.draws} noises: give seeds= (one a sample) or a noise source")
+    return (given if start is not None else given * plan.start[1]), source
+
+
+def run(
+    denoiser: DenoiserLike, plan: Plan, x: Tensor, source: NoiseSource | None = None, callback: Callback | None = None
+) -> Tensor:
+    """The loop: x is the state at the plan's start level. No host sync, no arithmetic on weights, dead history dropped."""
+    registers: list[Any] = [None] * plan.registers
+    drawn = 0
+
+    def draw() -> Tensor:
+        nonlocal drawn
+        drawn += 1
+        assert source is not None
+        return source(drawn, x.shape, x.device).to(x.dtype)
+
+    if plan.first.x != 1.0 or plan.first.z:
+        z = draw() if plan.first.z else None
+        x = x * plan.first.x
+        if z is not None:
+            x = x.add_(z, alpha=plan.first.z[0])
+    y = registers[0] = x
+    for i, step in enumerate(plan.program):
+        d = denoiser(y, step.t) if step.call else None
+        for register, p, q in step.stores:
+            registers[register] = d if p == 0.0 and q == 1.0 else _pair(y, p, d, q)
+        if step.draw is not None:
+            registers[step.draw] = draw()
+        (r, w), *rest = step.next
+        y = registers[r] * w
+        for r, w in rest:
+            y.add_(registers[r], alpha=w)
+        if step.base is None:
+            registers[0] = y
+        elif step.base:
+            (r, w), *rest = step.base
+            base = registers[r] * w
+            for r, w in rest:
+                base.add_(registers[r], alpha=w)
+            registers[0] = base
+        for r in step.free:
+            registers[r] = None
+        if callback is not None:
+            callback(i, y)
+    return y
+
+
+def _pair(y: Tensor, p: float, d: Tensor | None, q: float) -> Tensor:
+    if d is None or q == 0.0:
+        return y * p
+    return torch.add(y * p, d, alpha=q) if p else d * q
+
+
+def _explain(denoiser: DenoiserLike, plan: Plan, state: Tensor, source: NoiseSource | None) -> None:
+    """Runs again, looking at every prediction, to say where the first NaN or infinity came from."""
+    if not bool(state.isfinite().all()):
+        raise NonFiniteError("the start holds NaN or infinity")
+    row = 0
+
+    def watched(y: Tensor, t: float) -> Tensor:
+        nonlocal row
+        d = denoiser(y, t)
+        bad = ~d.isfinite().flatten(1).all(dim=1)
+        if bool(bad.any()):
+            raise NonFiniteError(
+                f"the network returned NaN or infinity at row {row} of {len(plan.rows)} (t = {t:g}) for {int(bad.sum())} of "
+                f"{len(bad)} samples, from a finite input; check its precision and its conditioning"
+            )
+        row += 1
+        return d
+
+    run(watched, plan, state, source)
+    raise NonFiniteError(f"plan {plan.name} overflowed {state.dtype} although every prediction was finite; use dtype=torch.float32 or wider")
