@@ -13,7 +13,7 @@ __all__ = ["SHIPPED", "load", "shipped_path"]
 
 
 def load(path: str | Path) -> Denoiser:
-    """The denoiser of a checkpoint: a native .safetensors file, a training run's folder, or the name of a shipped model.
+    """The denoiser of a native .safetensors file, of a training run's folder, or of a shipped model by its name.
 
     Raises:
         CheckpointError: nothing there, an unknown layout, a file that is truncated, tampered with or could run code.
@@ -24,9 +24,12 @@ def load(path: str | Path) -> Denoiser:
     if path.is_dir():
         path = path / "model.safetensors"
     if not path.exists():
-        raise CheckpointError(f"no checkpoint at {path}; give a .safetensors file, a training run's folder, or one of {', '.join(SHIPPED)}")
+        raise CheckpointError(
+            f"no checkpoint at {path}; give a .safetensors file, a run's folder, or one of {', '.join(SHIPPED)}"
+        )
     if path.suffix != ".safetensors":
         raise CheckpointError(
-            f"{path} is not a .safetensors file; pickled checkpoints can run code and are not opened: convert it to safetensors first"
+            f"{path} is not a .safetensors file; pickled checkpoints can run code and are not opened: "
+            "convert it to safetensors first"
         )
     return native.load(path)

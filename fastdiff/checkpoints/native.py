@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..denoiser import Denoiser
-from ..errors import CheckpointError, FastdiffError
+from ..errors import CheckpointError
 from ..files import atomic, sha256
 from ..models import UNet, UNetConfig
 from ..schedule import from_config
@@ -36,13 +36,14 @@ def read(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         with safe_open(str(path), framework="pt") as f:
             metadata = f.metadata() or {}
             if "fastdiff" not in metadata:
-                raise CheckpointError(f"{path} is a safetensors file without fastdiff's description; it cannot be loaded alone")
+                raise CheckpointError(f"{path} is safetensors without fastdiff's description: it needs one to load")
             description = json.loads(metadata["fastdiff"])
             weights = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118  safe_open is no mapping
     except (SafetensorError, OSError, json.JSONDecodeError) as e:
         raise CheckpointError(f"{path} is not a readable safetensors file (truncated or damaged?): {e}") from e
-    if description.get("format") != FORMAT:
-        raise CheckpointError(f"{path} has format {description.get('format')!r}; this version reads format {FORMAT}")
+    found = description.get("format") if isinstance(description, dict) else None
+    if found != FORMAT:
+        raise CheckpointError(f"{path} has format {found!r}; this version reads format {FORMAT}")
     return weights, description
 
 
@@ -50,14 +51,16 @@ def load(path: str | Path) -> Denoiser:
     """The denoiser of a native checkpoint, in eval mode on the CPU."""
     weights, description = read(path)
     try:
-        network = UNet(UNetConfig(**description["network"]))
-        network.load_state_dict(weights)
+        with torch.device("meta"):  # a description may ask for any size: nothing is allocated before the weights fit it
+            network = UNet(UNetConfig(**description["network"]))
+        network.load_state_dict({k: v.float() for k, v in weights.items()}, assign=True)
         schedule = from_config(description["schedule"])
         denoiser = build(network.eval().requires_grad_(False), schedule, description)
-    except (KeyError, TypeError, RuntimeError) as e:
-        if isinstance(e, FastdiffError):
-            raise
-        raise CheckpointError(f"{path}: its weights and its description disagree: {str(e).splitlines()[0]}") from e
+    except KeyError as e:
+        raise CheckpointError(f"{path}: its description has no {e}") from e
+    except (TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as e:
+        why = " ".join(str(e).split())[:300]
+        raise CheckpointError(f"{path}: its weights and its description disagree: {why}") from e
     denoiser.hash = sha256(path)
     return denoiser
 
@@ -65,6 +68,11 @@ def load(path: str | Path) -> Denoiser:
 def build(network: torch.nn.Module, schedule: Any, description: dict[str, Any]) -> Denoiser:
     """The denoiser around a network, as a description says."""
     scale = description.get("time_scale")
+    if not (scale is None or isinstance(scale, int | float)):
+        raise CheckpointError(f"time_scale must be a number or null; given {scale!r}")
+    config = getattr(network, "config", None)
+    if config is not None and config.in_channels != description["shape"][0]:
+        raise CheckpointError(f"shape {description['shape']} has not the network's {config.in_channels} channels")
     denoiser = Denoiser(
         network,
         schedule,

@@ -30,6 +30,11 @@ def shipped_path(name: str) -> Path:
         actual = sha256(path)
     except OSError as e:
         raise CheckpointError(f"the shipped model {name} is missing ({e.filename}); reinstall fastdiff") from e
+    except (json.JSONDecodeError, AttributeError) as e:
+        raise CheckpointError(f"{folder / 'hashes.json'} is damaged; reinstall fastdiff") from e
     if actual != expected:
-        raise CheckpointError(f"{path} is not the file that was released (sha256 {actual[:12]}..., expected {str(expected)[:12]}...); reinstall")
+        raise CheckpointError(
+            f"{path} is not the file that was released (sha256 {actual[:12]}..., expected {str(expected)[:12]}...); "
+            "reinstall fastdiff"
+        )
     return path

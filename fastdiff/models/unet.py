@@ -1,4 +1,4 @@
-"""The ADM U-Net (Dhariwal and Nichol 2021) under the state-dict names of guided-diffusion, so its checkpoints load as they are."""
+"""The ADM U-Net (Dhariwal and Nichol 2021) under guided-diffusion's state-dict names, so its checkpoints load."""
 
 from __future__ import annotations
 
@@ -41,6 +41,11 @@ class UNetConfig:
     def __post_init__(self) -> None:
         for name in ("channel_mult", "attention"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("in_channels", "out_channels", "model_channels", "num_res_blocks", "head_channels"):
+            if not (isinstance(value := getattr(self, name), int) and value > 0):
+                raise FastdiffError(f"{name} must be a positive whole number; given {value!r}")
+        if not self.channel_mult or any(mult <= 0 for mult in self.channel_mult):
+            raise FastdiffError(f"channel_mult must hold one positive number a level; given {self.channel_mult}")
         for mult in self.channel_mult:
             if int(mult * self.model_channels) % 32:
                 raise FastdiffError(
@@ -66,7 +71,9 @@ class Norm(nn.GroupNorm):
     def __init__(self, channels: int) -> None:
         super().__init__(32, channels)
 
-    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, silu: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, silu: bool = False
+    ) -> Tensor:
         return ops.group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, scale, shift, silu)
 
 
@@ -97,20 +104,25 @@ class Downsample(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """GroupNorm, SiLU, convolution, twice, with the embedding added or scaling and shifting the second normalisation."""
+    """GroupNorm, SiLU, convolution, twice; the embedding is added, or scales and shifts the second normalisation."""
 
     def __init__(self, channels: int, emb_channels: int, out_channels: int, c: UNetConfig, resample: str = "") -> None:
         super().__init__()
         self.scale_shift = c.use_scale_shift_norm
         # Sequential only for its names (in_layers.0 is the norm, .2 the convolution): forward fuses norm and SiLU
         self.in_layers = nn.Sequential(Norm(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, (2 if self.scale_shift else 1) * out_channels))
+        emb_out = 2 * out_channels if self.scale_shift else out_channels
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, emb_out))
         self.out_layers = nn.Sequential(
-            Norm(out_channels), nn.SiLU(), nn.Dropout(c.dropout), zero_(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+            Norm(out_channels),
+            nn.SiLU(),
+            nn.Dropout(c.dropout),
+            zero_(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
         )
         same = channels == out_channels
         self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
-        self.resample = {"up": Upsample(channels, False), "down": Downsample(channels, False)}.get(resample, nn.Identity())
+        choices = {"up": Upsample(channels, False), "down": Downsample(channels, False)}
+        self.resample = choices.get(resample, nn.Identity())
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         h = self.in_layers[0](x, silu=True)
@@ -132,7 +144,9 @@ class AttentionBlock(nn.Module):
     def __init__(self, channels: int, head_channels: int, new_order: bool) -> None:
         super().__init__()
         if channels % head_channels:
-            raise FastdiffError(f"channels with attention must be a multiple of head_channels; given {channels}, {head_channels}")
+            raise FastdiffError(
+                f"channels with attention must be a multiple of head_channels; given {channels}, {head_channels}"
+            )
         self.heads = channels // head_channels
         self.new_order = new_order  # ADM split q, k, v before the heads in later checkpoints, after them in the first
         self.norm = Norm(channels)
@@ -189,7 +203,9 @@ class UNet(nn.Module):
                 self.input_blocks.append(EmbedSequential(down))
                 skips.append(ch)
         self.middle_block = EmbedSequential(
-            ResBlock(ch, emb, ch, c), AttentionBlock(ch, c.head_channels, c.new_attention_order), ResBlock(ch, emb, ch, c)
+            ResBlock(ch, emb, ch, c),
+            AttentionBlock(ch, c.head_channels, c.new_attention_order),
+            ResBlock(ch, emb, ch, c),
         )
         self.output_blocks = nn.ModuleList()
         for level, mult in reversed(list(enumerate(c.channel_mult))):
@@ -216,6 +232,12 @@ class UNet(nn.Module):
         return c.num_classes - 1 if c.num_classes and c.null_class else None
 
     def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        multiple = 2 ** (len(self.config.channel_mult) - 1)
+        if x.shape[-1] % multiple or x.shape[-2] % multiple:
+            raise FastdiffError(
+                f"{len(self.config.channel_mult)} levels need a height and width divisible by {multiple}; given "
+                f"{tuple(x.shape[-2:])}"
+            )
         emb = self.time_embed(timestep_embedding(t, self.config.model_channels).to(x.dtype))
         if self.label_emb is not None:
             if class_labels is None:
@@ -232,7 +254,7 @@ class UNet(nn.Module):
 
     def _run(self, block: nn.Module, h: Tensor, emb: Tensor) -> Tensor:
         if self.checkpointing and self.training:
-            return checkpoint(block, h, emb, use_reentrant=False)  # type: ignore[return-value]
+            return checkpoint(block, h, emb, use_reentrant=False)
         return block(h, emb)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +20,7 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 @dataclass(frozen=True)
 class Images:
-    """x: (n, C, H, W) uint8; y: (n,) int64 labels or None; names of the classes; sha256 of the source ("" for a folder)."""
+    """x: (n, C, H, W) uint8; y: (n,) int64 labels or None; class names; sha256 of the file or of the pixels."""
 
     x: Tensor
     y: Tensor | None
@@ -43,15 +46,17 @@ def load_images(path: str | Path, size: int | None = None) -> Images:
     try:
         with np.load(path, allow_pickle=False) as f:
             arrays = {k: f[k] for k in ("x_train", "x", "y_train", "y", "names") if k in f.files}
-    except (OSError, ValueError, EOFError) as e:
-        raise FastdiffError(f"cannot read {path}: {e}") from e
+    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error) as e:
+        raise FastdiffError(f"cannot read {path} as an .npz of plain arrays: {e}") from e
     x = arrays.get("x_train", arrays.get("x"))
     y = arrays.get("y_train", arrays.get("y"))
-    if x is None or x.dtype != np.uint8 or x.ndim not in (3, 4):
+    if x is None or x.dtype != np.uint8 or x.ndim not in (3, 4) or not x.size:
         raise FastdiffError(f"{path} must hold x or x_train, uint8, (n, H, W) or (n, H, W, C); given "
                             f"{None if x is None else (x.dtype.name, x.shape)}")  # fmt: skip
     if y is not None and (y.shape != x.shape[:1] or y.dtype.kind not in "iu"):
-        raise FastdiffError(f"{path}: y must hold one integer label an image; given {y.dtype.name} {y.shape} for {len(x)}")
+        raise FastdiffError(f"{path}: y must hold one integer an image; given {y.dtype.name} {y.shape} for {len(x)}")
+    if y is not None and y.min() < 0:
+        raise FastdiffError(f"{path}: labels count from 0; given {y.min()}")
     x = x[:, None] if x.ndim == 3 else np.moveaxis(x, -1, 1)
     labels = None if y is None else torch.from_numpy(y.astype(np.int64))
     names = tuple(str(n) for n in arrays["names"]) if "names" in arrays else ()
@@ -60,27 +65,40 @@ def load_images(path: str | Path, size: int | None = None) -> Images:
 
 def _from_folder(path: Path, size: int | None) -> Images:
     try:
-        from PIL import Image
+        import PIL.Image  # noqa: F401
     except ImportError as e:
         raise FastdiffError("a folder of images needs pillow: pip install 'fastdiff[plots]'") from e
     files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
         raise FastdiffError(f"no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in {path}")
-    with Image.open(files[0]) as first:
-        size = size or min(first.size)
-    rows = []
+    rows: list[np.ndarray] = []
     for file in files:
-        with Image.open(file) as image:
-            image = image.convert("RGB")
-            side = min(image.size)
-            left, top = (image.width - side) // 2, (image.height - side) // 2
-            square = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
-            rows.append(np.asarray(square, np.uint8).transpose(2, 0, 1))
+        try:
+            rows.append(_square(file, size))
+            size = size or rows[0].shape[1]  # the first image's side is everyone's
+        except OSError as e:
+            raise FastdiffError(f"{file} is no readable image ({e}); take it out of {path}") from e
     classes = sorted({f.parent.name for f in files})
     y = None
     if len(classes) > 1:
         y = torch.tensor([classes.index(f.parent.name) for f in files])
-    return Images(torch.from_numpy(np.stack(rows)), y, tuple(classes) if y is not None else (), "")
+    x = np.stack(rows)
+    digest = hashlib.sha256(x.tobytes() + (b"" if y is None else y.numpy().tobytes())).hexdigest()
+    return Images(torch.from_numpy(x), y, tuple(classes) if y is not None else (), digest)
+
+
+def _square(file: Path, size: int | None) -> np.ndarray:
+    """The (3, size, size) middle of an image file; without a size, its own shorter side."""
+    from PIL import Image
+
+    with Image.open(file) as opened:
+        image = opened.convert("RGB")
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    square = image.crop((left, top, left + side, top + side))
+    if size is not None and size != side:
+        square = square.resize((size, size), Image.Resampling.LANCZOS)
+    return np.asarray(square, np.uint8).transpose(2, 0, 1)
 
 
 def batch_indices(n: int, batch: int, step: int, seed: int) -> Tensor:

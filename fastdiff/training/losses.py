@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import get_args
 from typing import Literal as L
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -17,12 +17,22 @@ Weighting = L["simple", "edm", "min_snr"]
 TimeSampling = L["uniform", "lognormal", "logit_normal"]
 
 
-def sample_times(schedule: NoiseSchedule, n: int, how: str, generator: torch.Generator) -> Tensor:
-    """(n,) float64 times, stratified over the batch: one draw in each n-th of the distribution (Kingma et al. 2021, I.1).
+def check_names(weighting: str, times: str) -> None:
+    """
+    Raises:
+        FastdiffError: an unknown weighting or time sampling.
+    """
+    for what, value, allowed in (("weighting", weighting, Weighting), ("time sampling", times, TimeSampling)):
+        if value not in get_args(allowed):
+            raise FastdiffError(f"unknown {what} {value!r}; allowed: {', '.join(get_args(allowed))}")
 
-    uniform: in the schedule's own uniform time; lognormal: log(sigma/alpha) ~ N(-1.2, 1.2^2) (Karras et al. 2022, table 1);
-    logit_normal: a standard normal through the logistic function (Esser et al. 2024, section 3.1). An integer time of a
-    discrete model is drawn as one.
+
+def sample_times(schedule: NoiseSchedule, n: int, how: str, generator: torch.Generator) -> Tensor:
+    """(n,) float64 times, stratified: one draw in each n-th of the distribution (Kingma et al. 2021, I.1).
+
+    uniform: in the schedule's own uniform time; lognormal: log(sigma/alpha) ~ N(-1.2, 1.2^2) (Karras et al. 2022,
+    table 1); logit_normal: a standard normal through the logistic function (Esser et al. 2024, section 3.1). An integer
+    time of a discrete model is drawn as one.
     """
     u = (torch.arange(n, dtype=torch.float64) + torch.rand(n, generator=generator, dtype=torch.float64)) / n
     if how == "uniform":
@@ -53,7 +63,9 @@ def weights(weighting: str, prediction: str, alpha: Tensor, sigma: Tensor, gamma
     raise FastdiffError(f"unknown weighting {weighting!r}; allowed: {', '.join(get_args(Weighting))}")
 
 
-def noised(x0: Tensor, t: Tensor, schedule: NoiseSchedule, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def noised(
+    x0: Tensor, t: Tensor, schedule: NoiseSchedule, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(x_t, eps, alpha, sigma) for clean images (B, C, H, W) at times (B,); the levels shaped to broadcast, float32."""
     eps = torch.randn(x0.shape, generator=generator)
     alpha = schedule.alpha(t).float().view(-1, 1, 1, 1)

@@ -1,9 +1,12 @@
-"""Training a diffusion U-Net from images: resumable bit for bit, because every random draw is a function of (seed, step)."""
+"""Training a diffusion U-Net from images: resumable bit for bit, for every random draw is a function of (seed, step)."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
+import math
+import pickle
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -18,7 +21,7 @@ from ..denoiser import Denoiser
 from ..errors import FastdiffError
 from ..files import write_bytes
 from ..models import UNet, UNetConfig
-from ..schedule import from_config
+from ..schedule import NoiseSchedule, from_config
 from . import losses
 from .data import Images, batch_indices
 
@@ -43,6 +46,20 @@ class TrainConfig:
     seed: int = 0
     network: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for name, low in (("steps", 1), ("batch", 1), ("warmup", 0)):
+            if not (isinstance(value := getattr(self, name), int) and value >= low):
+                raise FastdiffError(f"{name} must be a whole number of at least {low}; given {value!r}")
+        for name in ("lr", "clip"):
+            if not (math.isfinite(value := getattr(self, name)) and value > 0):
+                raise FastdiffError(f"{name} must be a positive number; given {value!r}")
+        for name in ("ema", "label_dropout"):
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                raise FastdiffError(f"{name} must lie in [0, 1]; given {value!r}")
+        if self.time_scale is not None and not math.isfinite(self.time_scale):
+            raise FastdiffError(f"time_scale must be a finite number or None; given {self.time_scale!r}")
+        losses.check_names(self.weighting, self.times)
+
 
 @dataclass
 class Progress:
@@ -60,7 +77,48 @@ def unet_config(config: TrainConfig, data: Images) -> UNetConfig:
     fields: dict[str, Any] = {"in_channels": data.x.shape[1], "out_channels": data.x.shape[1]}
     if classes:
         fields |= {"num_classes": classes + 1, "null_class": True}
-    return UNetConfig(**(fields | config.network))
+    if not isinstance(config.network, dict):
+        raise FastdiffError(f"network settings must be a mapping from names to values; given {config.network!r}")
+    if unknown := set(config.network) - {f.name for f in dataclasses.fields(UNetConfig)}:
+        raise FastdiffError(f"the U-Net has no setting {', '.join(sorted(unknown))}; see fastdiff.models.UNetConfig")
+    try:
+        made = UNetConfig(**(fields | config.network))
+    except TypeError as e:
+        raise FastdiffError(f"a U-Net setting has the wrong type: {e}") from e
+    _check_fit(made, data)
+    if made.num_classes and not made.null_class and config.label_dropout:
+        raise FastdiffError("label dropout needs the null class: leave out null_class, or set label_dropout to 0")
+    return made
+
+
+def _schedule(config: dict[str, Any]) -> NoiseSchedule:
+    """The schedule of a description, asked once, so that wrong parameters are found before the first step."""
+    try:
+        schedule = from_config(config)
+        usable = math.isfinite(float(schedule.alpha(schedule.t_max)) + float(schedule.sigma(schedule.t_min)))
+    except (TypeError, ArithmeticError) as e:
+        raise FastdiffError(f"noise schedule {config} cannot be made: {e}") from e
+    if not usable or not schedule.t_min < schedule.t_max:
+        raise FastdiffError(f"noise schedule {config} has no finite levels from t_min to t_max; check its parameters")
+    return schedule
+
+
+def _check_fit(network: UNetConfig, data: Images) -> None:
+    """That the network takes these images and labels, before the first step finds out."""
+    channels, *size = data.x.shape[1:]
+    if (network.in_channels, network.out_channels) != (channels, channels) or network.learned_variance:
+        raise FastdiffError(f"the network must map {channels} channels to {channels}, without learned variance")
+    multiple = 2 ** (len(network.channel_mult) - 1)
+    if any(side % multiple for side in size):
+        raise FastdiffError(
+            f"{len(network.channel_mult)} levels need images of a height and width divisible by {multiple}; given "
+            f"{tuple(size)}: choose fewer channel_mult, or another --size"
+        )
+    rows = (network.num_classes or 0) - network.null_class
+    if data.y is None and network.num_classes:
+        raise FastdiffError("the network has classes, the data no labels: leave out num_classes")
+    if rows < data.num_classes and network.num_classes:
+        raise FastdiffError(f"the data have {data.num_classes} classes, the network has {rows}: leave out num_classes")
 
 
 class Trainer:
@@ -72,11 +130,11 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, data: Images, out: Path) -> None:
         self.config, self.data, self.out = config, data, out
+        self.schedule = _schedule(config.schedule)
         torch.manual_seed(config.seed)
         self.network = UNet(unet_config(config, data))
         self.ema = copy.deepcopy(self.network).requires_grad_(False)
         self.optimiser = torch.optim.AdamW(self.network.parameters(), lr=config.lr, weight_decay=0.0)
-        self.schedule = from_config(config.schedule)
         self.denoiser = Denoiser(self.network, self.schedule, config.prediction)  # checks the prediction's name
         self.step = 0
         self.losses: list[float] = []
@@ -85,7 +143,7 @@ class Trainer:
             self._resume()
 
     def run(self, callback: Callable[[Progress], None] | None = None, save_every: float = 60.0) -> None:
-        """Trains to `config.steps`. An exception, Ctrl-C among them, saves first; SIGKILL loses `save_every` seconds at most."""
+        """Trains to `config.steps`. An exception saves the steps done; SIGKILL loses `save_every` seconds at most."""
         saved = start = time.monotonic()
         first = self.step
         try:
@@ -99,7 +157,8 @@ class Trainer:
                     self.save()
                     saved = time.monotonic()
         finally:
-            self.save()
+            if self.step > first:  # a run that is refused in its first step leaves nothing behind
+                self.save()
 
     def train_step(self) -> float:
         """One optimiser step on the images and draws that (seed, step) determine; returns the loss."""
@@ -111,7 +170,7 @@ class Trainer:
             group["lr"] = c.lr * min((self.step + 1) / max(c.warmup, 1), 1.0) * (1 - self.step / c.steps)
         loss = self.loss(generator)
         self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), c.clip)
         if bool(norm.isfinite()):
             self.optimiser.step()
@@ -143,7 +202,8 @@ class Trainer:
             return None
         dropped = torch.rand(len(index), generator=generator) < self.config.label_dropout
         null = self.network.null_label
-        assert null is not None, "unet_config adds the null class wherever there are labels"
+        if null is None:
+            return self.data.y[index]
         return torch.where(dropped, null, self.data.y[index])
 
     @torch.no_grad()
@@ -155,7 +215,7 @@ class Trainer:
         """A step with a non-finite gradient changes nothing; ten of them stop the run."""
         self.skipped += 1
         if self.skipped >= 10:
-            raise FastdiffError(f"10 steps had a non-finite gradient (the last is {self.step}): lower the learning rate")
+            raise FastdiffError(f"10 steps had a non-finite gradient (the last is {self.step}): lower the rate")
 
     def description(self) -> dict[str, Any]:
         """What the checkpoint says of itself; everything a Denoiser needs and how it was trained."""
@@ -168,7 +228,12 @@ class Trainer:
             "data_range": [-1, 1],
             "shape": list(self.data.x.shape[1:]),
             "class_names": list(self.data.names),
-            "training": {**asdict(c), "step": self.step, "images": self.step * c.batch, "data_sha256": self.data.digest},
+            "training": {
+                **asdict(c),
+                "step": self.step,
+                "images": self.step * c.batch,
+                "data_sha256": self.data.digest,
+            },
         }
 
     def save(self) -> None:
@@ -189,12 +254,18 @@ class Trainer:
         write_bytes(self.out / "state.pt", buffer.getvalue())
 
     def _resume(self) -> None:
-        state = torch.load(self.out / "state.pt", weights_only=True)
+        try:
+            state = torch.load(self.out / "state.pt", weights_only=True)
+            then = state["config"] | {"data_sha256": state["data_sha256"]}
+        except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as e:
+            raise FastdiffError(f"{self.out / 'state.pt'} is damaged ({e}); delete it to start anew") from e
         now = asdict(self.config) | {"data_sha256": self.data.digest}
-        then = state["config"] | {"data_sha256": state["data_sha256"]}
-        changed = [f"{k} ({then.get(k)} -> {now[k]})" for k in now if now[k] != then.get(k)]
+        # the number of steps may change: the learning rate then falls to 0 at the new end
+        changed = [f"{k} ({then.get(k)} -> {now[k]})" for k in now if now[k] != then.get(k) and k != "steps"]
         if changed:
-            raise FastdiffError(f"{self.out} holds a run with other settings: {', '.join(changed)}; give the old ones or another --out")
+            raise FastdiffError(
+                f"{self.out} holds a run with other settings: {', '.join(changed)}; give the old ones or another --out"
+            )
         self.step, self.skipped = state["step"], state["skipped"]
         self.losses = state["losses"].tolist()
         self.network.load_state_dict(state["network"])
