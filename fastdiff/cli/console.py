@@ -7,11 +7,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 console = Console()
 errors = Console(stderr=True)
+CHECKPOINT_HELP = ".safetensors file, training folder, or shipped model"
 
 
 def progress_bar() -> Progress:
-    """A bar with count, elapsed and remaining time; the task's description is its live figure."""
+    """A bar with count, elapsed and remaining time; the task's description is its live figure. Silent in a log."""
     return Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-        console=errors,
+        console=errors, disable=not errors.is_terminal,
     )  # fmt: skip

@@ -2,35 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from .console import console, progress_bar
+from .pictures import check_folder
 
 
 def train(
     data: Annotated[Path, typer.Option(help=".npz with x/x_train and y/y_train, or a folder of images")],
     out: Annotated[Path, typer.Option(help="run folder: model.safetensors (EMA), state.pt, loss.png")],
-    steps: Annotated[int, typer.Option(min=1, help="optimiser steps in all; a resumed run goes on to this number")] = 5000,
+    steps: Annotated[int, typer.Option(min=1, help="optimiser steps in all; a resumed run may change it")] = 5000,
     batch: Annotated[int, typer.Option(min=1)] = 64,
     lr: Annotated[float, typer.Option(help="peak learning rate; falls linearly to 0")] = 5e-4,
     warmup: Annotated[int, typer.Option(min=0)] = 200,
-    schedule: Annotated[str, typer.Option(help="name, or JSON such as '{\"name\": \"flow\", \"shift\": 3}'")] = "vp_cosine",
+    schedule: Annotated[str, typer.Option(help='name, or JSON such as {"name": "flow", "shift": 3}')] = "vp_cosine",
     prediction: Annotated[str, typer.Option(help="eps, x0, v, flow, score or edm")] = "v",
     weighting: Annotated[str, typer.Option(help="simple, edm or min_snr")] = "simple",
     times: Annotated[str, typer.Option(help="uniform, lognormal or logit_normal")] = "uniform",
-    time_scale: Annotated[float, typer.Option(help="the network gets time_scale * t; 0 = the prediction's own choice")] = 1000.0,
+    time_scale: Annotated[float, typer.Option(help="the network gets time_scale * t; 0 = t (edm: log-noise)")] = 1000.0,
     ema: Annotated[float, typer.Option(min=0, max=1)] = 0.999,
-    label_dropout: Annotated[float, typer.Option(min=0, max=1, help="fraction of labels replaced by the null class")] = 0.1,
+    label_dropout: Annotated[float, typer.Option(min=0, max=1, help="fraction of labels made the null class")] = 0.1,
     clip: Annotated[float, typer.Option(help="largest gradient norm")] = 1.0,
     bf16: Annotated[bool, typer.Option(help="bfloat16 autocast of the network")] = False,
     seed: int = 0,
     network: Annotated[str, typer.Option(help="JSON of U-Net settings (see fastdiff.models.UNetConfig)")] = "{}",
-    size: Annotated[int | None, typer.Option(help="crop and resize a folder's images to this side")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="torch threads; a resume is bit-exact at the same number")] = None,
+    size: Annotated[int | None, typer.Option(min=1, help="crop and resize a folder's images to this side")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="torch threads; exact resuming needs the same")] = None,
     save_every: Annotated[float, typer.Option(help="seconds between checkpoints")] = 60.0,
 ) -> None:
     """Train a U-Net; run the same command again to go on where an interrupted run stopped."""
@@ -51,18 +55,39 @@ def train(
         steps, batch, lr, warmup, schedule_config, prediction, weighting, times, time_scale or None, ema,
         label_dropout, clip, bf16, seed, network_config,
     )  # fmt: skip
+    check_folder(out)
     trainer = Trainer(config, load_images(data, size), out)
     if trainer.step:
         console.print(f"resuming {out} at step {trainer.step} of {steps}")
-    with progress_bar() as bar:
+    with progress_bar() as bar, _interrupts() as interrupted:
         task = bar.add_task("train", total=steps, completed=trainer.step)
 
         def show(p: Progress) -> None:
             bar.update(task, completed=p.step, description=f"loss {p.loss:.4f}  {p.images_per_second:.0f} images/s")
+            if interrupted():
+                raise KeyboardInterrupt
 
         trainer.run(show, save_every)
     _plot_losses(trainer.losses, out / "loss.png")
     console.print(f"{out / 'model.safetensors'}: {trainer.step} steps, {trainer.step * batch} images")
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C and SIGTERM wait for the end of a step, so that what is saved is whole; a second one does not wait."""
+    seen: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+
+    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(seen)
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
 
 
 def _plot_losses(values: list[float], path: Path) -> None:

@@ -1,0 +1,119 @@
+"""`fastdiff info` and `fastdiff solvers`: what is here, what it can do, and what a checkpoint says of itself."""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib.util import find_spec
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from .console import CHECKPOINT_HELP, console
+
+OPTIONAL = (
+    "triton", "onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_rtx", "diffusers", "matplotlib", "PIL",
+    "scipy", "sklearn",
+)  # fmt: skip
+Json = Annotated[bool, typer.Option("--json", help="machine-readable, one object")]
+
+
+def solvers(as_json: Json = False) -> None:
+    """List every solver with its order, cost, recommended grid and options."""
+    from ..solvers import list_solvers
+
+    entries: dict[str, dict[str, Any]] = {
+        name: {
+            "order": s.order, "nfe_per_step": s.nfe_per_step, "stochastic": s.stochastic, "grid": s.grid,
+            "options": s.options, "source": s.source, "aliases": list(s.aliases),
+        }
+        for name, s in list_solvers().items()
+    }  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps(entries, indent=1))
+        return
+    table = Table("name", "order", "NFE/step", "stochastic", "grid", "options", "source", "aliases", box=None)
+    for name, e in entries.items():
+        options = ", ".join(f"{k}={v}" for k, v in e["options"].items())
+        stochastic = "yes" if e["stochastic"] else ""
+        table.add_row(
+            name, str(e["order"]), str(e["nfe_per_step"]), stochastic, e["grid"], options, e["source"],
+            ", ".join(e["aliases"]),
+        )  # fmt: skip
+    for column in table.columns:
+        column.overflow = "fold"
+    table.columns[0].no_wrap = True
+    console.print(table, markup=False)
+
+
+def info(
+    checkpoint: Annotated[str | None, typer.Argument(help=CHECKPOINT_HELP)] = None,
+    as_json: Json = False,
+) -> None:
+    """Show versions, devices and optional packages; with a checkpoint, what it is and how it was trained."""
+    found = {"fastdiff": _environment()}
+    if checkpoint is not None:
+        found["checkpoint"] = _checkpoint(checkpoint)
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+        return
+    for title, entries in found.items():
+        table = Table(box=None, show_header=False, title=title, title_justify="left")
+        for key, value in entries.items():
+            table.add_row(key, _plain(value))
+        table.columns[0].no_wrap = True
+        console.print(table, markup=False)
+
+
+def _environment() -> dict[str, Any]:
+    import torch
+
+    from .. import __version__
+    from ..checkpoints import SHIPPED
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    present = {name: find_spec(name) is not None for name in OPTIONAL}  # asked for, never imported
+    return {
+        "version": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cuda": [torch.cuda.get_device_name(i) for i in range(count)],
+        "installed": [name for name, here in present.items() if here],
+        "not installed": [name for name, here in present.items() if not here],
+        "shipped models": list(SHIPPED),
+    }
+
+
+def _checkpoint(name: str) -> dict[str, Any]:
+    from torch.nn import Module
+
+    from ..checkpoints import load
+    from ..models.unet import count_parameters
+    from .requests import class_names
+
+    denoiser = load(name)
+    return {
+        "path": name,
+        "shape": list(denoiser.shape or ()),
+        "parameters": count_parameters([network]) if isinstance(network := denoiser.network, Module) else None,
+        "prediction": denoiser.prediction,
+        "schedule": denoiser.schedule.config(),
+        "data range": list(denoiser.data_range),
+        "classes": list(class_names(denoiser, name)),
+        "plan": None if denoiser.plan is None else denoiser.plan.name,
+        "network": denoiser.info.get("network"),
+        "training": denoiser.info.get("training"),
+        "sha256": denoiser.hash,
+    }
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_plain(v)}" for k, v in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_plain, value)) or "none"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return "none" if value is None else str(value)

@@ -1,0 +1,132 @@
+"""What `fastdiff sample` was asked for: seeds, classes and device, from the words on the command line."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..errors import FastdiffError
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..denoiser import Denoiser
+
+MOST = 100_000  # all images of a run are held in memory, and a range is easily mistyped
+
+
+@dataclass(frozen=True)
+class Request:
+    """One picture: its seed, its class or None, and the file it goes to, which depends on these two alone."""
+
+    seed: int
+    label: int | None
+    file_name: str
+
+
+def parse_seeds(text: str) -> list[int]:
+    """ "0-15", "1,2,7" or both mixed -> seeds in the order given.
+
+    Raises:
+        FastdiffError: not such a list, a falling range, a seed twice, beyond 64 bits, or more than fit in memory.
+    """
+    out: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+))?\s*", part)
+        if match is None:
+            raise FastdiffError(f"--seeds takes whole numbers and ranges such as 0-15 or 1,2,7; given {text!r}")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first or last >= 2**64:
+            raise FastdiffError(f"--seeds ranges rise, within 0 to 2^64 - 1; given {part.strip()!r}")
+        if len(out) + last - first >= MOST:
+            raise FastdiffError(f"--seeds asks for more than {MOST} samples; run several smaller ranges")
+        out += range(first, last + 1)
+    return _once(out, "--seeds")
+
+
+def _once(values: list[int], option: str) -> list[int]:
+    if repeated := sorted({v for v in values if values.count(v) > 1}) if len(set(values)) < len(values) else []:
+        raise FastdiffError(f"{option} names {', '.join(map(str, repeated))} twice; each picture has one file")
+    return values
+
+
+def class_names(denoiser: Denoiser, checkpoint: str) -> tuple[str, ...]:
+    """The checkpoint's class names, or numbers where it has none; empty for an unconditional network."""
+    from ..checkpoints.shipped import CLASS_NAMES
+
+    config = getattr(denoiser.network, "config", None)
+    rows = getattr(config, "num_classes", None) or 0
+    count = rows - 1 if getattr(denoiser.network, "null_label", None) is not None else rows
+    names = tuple(denoiser.info.get("class_names") or CLASS_NAMES.get(checkpoint) or ())
+    return names if len(names) == count else tuple(str(i) for i in range(count))
+
+
+def parse_classes(text: str | None, names: tuple[str, ...]) -> list[int] | None:
+    """ "0,3", "coat,bag" or "all" -> labels; None stays None.
+
+    Raises:
+        FastdiffError: a label out of range, an unknown name, one named twice, or a network without classes.
+    """
+    if text is None:
+        return None
+    if not names:
+        raise FastdiffError("this checkpoint knows no classes: leave out --classes")
+    if text.strip() == "all":
+        return list(range(len(names)))
+    lower = [name.lower() for name in names]
+    labels = []
+    for word in (w.strip() for w in text.split(",")):
+        if word.lower() in lower:
+            labels.append(lower.index(word.lower()))
+        elif re.fullmatch(r"-?\d+", word):
+            if not 0 <= int(word) < len(names):
+                raise FastdiffError(f"--classes are 0 to {len(names) - 1} for this checkpoint; given {word}")
+            labels.append(int(word))
+        else:
+            near = difflib.get_close_matches(word.lower(), lower, n=1, cutoff=0.4)
+            hint = f"did you mean {names[lower.index(near[0])]}?" if near else f"known: {', '.join(names)}"
+            raise FastdiffError(f"--classes: no class {word!r}; {hint}")
+    return _once(labels, "--classes")
+
+
+def requests(seeds: list[int], classes: list[int] | None, names: tuple[str, ...]) -> list[Request]:
+    """Every seed in every class named, class by class; without --classes, seed s in class s mod their number."""
+    if not names:
+        pairs: list[tuple[int, int | None]] = [(seed, None) for seed in seeds]
+    elif classes is None:
+        pairs = [(seed, seed % len(names)) for seed in seeds]
+    else:
+        pairs = [(seed, label) for label in classes for seed in seeds]
+    if len(pairs) > MOST:
+        raise FastdiffError(f"--seeds and --classes ask for {len(pairs)} samples; at most {MOST}: run smaller parts")
+    return [Request(seed, label, _file_name(seed, label, names)) for seed, label in pairs]
+
+
+def _file_name(seed: int, label: int | None, names: tuple[str, ...]) -> str:
+    if label is None:
+        return f"seed{seed:06d}.png"
+    slug = re.sub(r"[^a-z0-9]+", "-", names[label].lower()).strip("-")
+    return f"seed{seed:06d}_class{label}{'-' + slug if slug and slug != str(label) else ''}.png"
+
+
+def check_device(name: str | None) -> torch.device:
+    """The device of a name, or the default one.
+
+    Raises:
+        FastdiffError: an unknown device, or one that this machine or this build of torch does not have.
+    """
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        why = str(e).splitlines()[0]
+        raise FastdiffError(f"--device {name} cannot be used here ({why}); `fastdiff info` lists devices") from e
+    if device.type == "meta":
+        raise FastdiffError("--device meta holds no numbers; use cpu or cuda")
+    return device
