@@ -90,7 +90,7 @@ def _one(schedule: NoiseSchedule, a: Node, b: Node) -> list[Row]:
 
 def _two(schedule: NoiseSchedule, a: Node, b: Node) -> list[Row]:
     mid = node_at_lam(schedule, (a.lam + b.lam) / 2)
-    return [row(a, ddim(a, mid), IDENTITY), row(mid, midpoint_step(mid.lam, a.lam, a, b))]
+    return [row(a, ddim(a, mid), IDENTITY), row(mid, ddim(a, b))]  # the whole step on the midpoint's prediction
 
 
 def _three(schedule: NoiseSchedule, a: Node, b: Node) -> list[Row]:

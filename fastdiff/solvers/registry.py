@@ -58,14 +58,16 @@ _SOLVERS = [
     _entry("euler-ancestral", build_euler_ancestral, 1, "k-diffusion", stochastic=True,
            aliases=("euler_a", "EulerAncestralDiscreteScheduler")),
     _entry("heun", build_heun, 2, "Karras et al. 2022, alg. 1", nfe_per_step=2, aliases=("edm", "HeunDiscreteScheduler")),
-    _entry("dpmpp-2m", build_multistep, 2, "Lu et al. 2022b", bind={"order": 2}, aliases=("dpm++2m", "dpmpp_2m")),
-    _entry("dpmpp-3m", build_multistep, 2, "Lu et al. 2022b, corrected", bind={"order": 3}, aliases=("dpm++3m", "dpmpp_3m")),
+    _entry("dpmpp-2m", build_multistep, 2, "Lu et al. 2022b", bind={"order": 2, "published": False},
+           aliases=("dpm++2m", "dpmpp_2m")),
+    _entry("dpmpp-3m", build_multistep, 2, "Lu et al. 2022b, corrected", bind={"order": 3, "published": False},
+           aliases=("dpm++3m", "dpmpp_3m")),
     _entry("dpmpp-3m-compat", build_multistep, 2, "Lu et al. 2022b, as published", bind={"order": 3, "published": True}),
     _entry("dpmpp-2s", build_singlestep, 2, "Lu et al. 2022b", bind={"order": 2}, nfe_per_step=2, inner_points=True,
            aliases=("dpm++2s", "dpmpp_2s")),
     _entry("dpmpp-3s", build_singlestep, 3, "Lu et al. 2022b", bind={"order": 3}, nfe_per_step=3, inner_points=True,
            aliases=("dpm++3s", "dpmpp_3s")),
-    *(_entry(f"unipc-{k}", build_unipc, max(k, 2), "Zhao et al. 2023", bind={"order": k}, aliases=("unipc",) if k == 2 else ())
+    *(_entry(f"unipc-{k}", build_unipc, min(k + 1, 3), "Zhao et al. 2023", bind={"order": k}, aliases=("unipc",) if k == 2 else ())
       for k in (1, 2, 3)),
     *(_entry(f"lms-{k}", build_lms, min(k, 2), "k-diffusion", bind={"order": k}, aliases=("lms",) if k == 4 else ())
       for k in (1, 2, 3, 4)),

@@ -29,16 +29,20 @@ def corrector(past: Sequence[Node], a: Node, b: Node) -> Weights:
     return exponential_step((b, *past), a, b)
 
 
-def build_unipc(schedule: NoiseSchedule, grid: Grid, *, order: int, correct: bool = True) -> Plan:
+def build_unipc(
+    schedule: NoiseSchedule, grid: Grid, *, order: int, correct: bool = True, lower_final: bool | None = None
+) -> Plan:
     """UniPC-p: each evaluation corrects the step that led to it, then predicts the next; no extra calls.
 
-    The corrected state is the base; the order ramps up from 1 and down to 1 (Zhao et al. 2023, algorithm 1).
+    The corrected state is the base; the order ramps up from 1 and, with `lower_final`, down to 1 (Zhao et al. 2023,
+    algorithm 1): by default below 15 steps, since the last steps' lower order caps the whole at 2.
     """
+    lower = grid.steps < 15 if lower_final is None else lower_final
     rows = []
     before = 0  # the order of the step that led to this node; 0 at the start, which needs no correction
     for i in range(grid.steps):
         a, b = grid.nodes[i], grid.nodes[i + 1]
-        k = multistep_order(grid, i, order, lower_final=True)
+        k = multistep_order(grid, i, order, lower)
         nxt = predictor(grid.nodes[i::-1][:k], a, b)
         if not correct:
             rows.append(row(a, nxt))
@@ -46,7 +50,9 @@ def build_unipc(schedule: NoiseSchedule, grid: Grid, *, order: int, correct: boo
         base = corrector(grid.nodes[i - 1 :: -1][:before], grid.nodes[i - 1], a) if before else IDENTITY
         rows.append(row(a, _after(base, nxt), base))
         before = k
-    return Plan(f"unipc-{order}", tuple(rows), **ends(grid), order=max(2, order) if correct else min(order, 2))
+    # the corrector adds an order; the first step's (2, over one step) caps it at 3, a last step of order 1 at 2
+    reached = min(order + correct, 3 if correct and not lower_final else 2)
+    return Plan(f"unipc-{order}", tuple(rows), **ends(grid), order=reached)
 
 
 def _after(first: Weights, then: Weights) -> Weights:
