@@ -72,9 +72,8 @@ class Denoiser:
         if isinstance(t, Tensor):
             c, c_noise = self._at_tensor(x, t)
         else:
-            level = self._levels.get(t)
-            c, noise_level = level if level is not None else self._at(t)
-            c_noise = torch.full((x.shape[0],), noise_level, dtype=torch.float32, device=x.device)
+            c, noise_level = self._levels.get(t) or self._at(t)
+            c_noise = x.new_full((x.shape[0],), noise_level, dtype=torch.float32)
         return self._denoise(x, c, c_noise)
 
     def raw(self, x: Tensor, c_noise: Tensor) -> Tensor:
@@ -90,7 +89,7 @@ class Denoiser:
         if f.shape != x.shape:
             f = self._drop_variance(f, x)
         if isinstance(c_skip, float):
-            return torch.add(x * c_skip, f, alpha=c_out) if c_skip != 0.0 else f * c_out
+            return (x * c_skip).add_(f, alpha=c_out) if c_skip != 0.0 else f * c_out
         return x * c_skip + f * c_out
 
     def _drop_variance(self, f: Tensor, x: Tensor) -> Tensor:

@@ -89,7 +89,7 @@ def run(
     denoiser: DenoiserLike, plan: Plan, x: Tensor, source: NoiseSource | None = None, callback: Callback | None = None
 ) -> Tensor:
     """The loop: x is the state at the plan's start level. No host sync, no arithmetic on weights, dead history dropped."""
-    registers: list[Any] = [None] * plan.registers
+    registers: dict[int, Any] = {}
     drawn = 0
 
     def draw() -> Tensor:
@@ -110,29 +110,31 @@ def run(
             registers[register] = d if p == 0.0 and q == 1.0 else _pair(y, p, d, q)
         if step.draw is not None:
             registers[step.draw] = draw()
-        (r, w), *rest = step.next
-        y = registers[r] * w
-        for r, w in rest:
-            y.add_(registers[r], alpha=w)
+        y = _sum(registers, step.next)
         if step.base is None:
             registers[0] = y
         elif step.base:
-            (r, w), *rest = step.base
-            base = registers[r] * w
-            for r, w in rest:
-                base.add_(registers[r], alpha=w)
-            registers[0] = base
+            registers[0] = _sum(registers, step.base)
         for r in step.free:
-            registers[r] = None
+            del registers[r]
         if callback is not None:
             callback(i, y)
     return y
 
 
+def _sum(registers: dict[int, Any], terms: tuple[tuple[int, float], ...]) -> Tensor:
+    rest = iter(terms)
+    r, w = next(rest)
+    total = registers[r] * w
+    for r, w in rest:
+        total.add_(registers[r], alpha=w)
+    return total
+
+
 def _pair(y: Tensor, p: float, d: Tensor | None, q: float) -> Tensor:
     if d is None or q == 0.0:
         return y * p
-    return torch.add(y * p, d, alpha=q) if p else d * q
+    return (y * p).add_(d, alpha=q) if p else d * q
 
 
 def _explain(denoiser: DenoiserLike, plan: Plan, state: Tensor, source: NoiseSource | None) -> None:
