@@ -1,0 +1,354 @@
+"""Sampler overhead outside the network: fastdiff's loop, a hand-written loop and diffusers' scheduler, interleaved.
+
+The one definition of every loop: run as a script it writes results/overhead.json; test_overhead.py times the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastdiff as fd
+from fastdiff.files import write_text
+from fastdiff.plans import Plan
+from fastdiff.prediction import coefficients
+from fastdiff.sampling import run
+
+SHAPE = (4, 3, 32, 32)
+ROWS = 20
+METHODS = ("ddim", "dpmpp-2m", "dpmpp-3m", "unipc-2", "unipc-3", "lms-4", "heun")
+PREDICTIONS = ("eps", "v")
+BAR = 1.5  # fastdiff's loop against the hand-written one, two-step multistep
+HERE = Path(__file__).resolve().parent
+
+Loop = Callable[[], Tensor]
+Network = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """`prepare` makes, untimed, a loop over `rows` network calls; the loop is what is timed."""
+
+    method: str
+    prediction: str
+    who: str  # "sample" | "loop" (fastdiff with and without its checks) | "hand" | "diffusers"
+    rows: int
+    prepare: Callable[[], Loop]
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-{self.prediction}-{self.who}"
+
+
+def cases(method: str, prediction: str, peers: bool = True) -> list[Case]:
+    """Every loop for a method, on a network that returns one fixed tensor; diffusers' where it can be imported."""
+    generator = torch.Generator().manual_seed(0)
+    noise, fixed = (torch.randn(SHAPE, generator=generator) for _ in range(2))
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        return fixed
+
+    denoiser = fd.Denoiser(network, fd.schedule.vp_linear(), prediction=prediction, shape=SHAPE[1:])
+    plan = fd.plan(method, denoiser, nfe=ROWS)
+
+    def sample() -> Tensor:
+        return fd.sample(denoiser, plan, noise=noise)
+
+    @torch.no_grad()
+    def loop() -> Tensor:
+        return run(denoiser, plan, noise * plan.start[1])
+
+    written, table = HAND[method], tables(plan, prediction)
+
+    @torch.inference_mode()
+    def hand() -> Tensor:
+        return written(network, noise * plan.start[1], table)
+
+    mine = {"sample": sample, "loop": loop, "hand": hand}
+    out = [Case(method, prediction, who, ROWS, lambda f=f: f) for who, f in mine.items()]
+    if peers and missing() is None:
+        out.append(diffusers_case(method, prediction, network, noise))
+    return out
+
+
+# The hand-written loops: weights as Python floats, in place wherever nobody else reads the tensor, the ramp by `if`.
+
+
+def hand_one(network: Network, x: Tensor, table: Iterable[Any]) -> Tensor:
+    batch, device = x.shape[0], x.device
+    for t, skip, out, a, (b0,) in table:
+        d = (x * skip).add_(network(x, torch.full((batch,), t, device=device)), alpha=out)
+        x.mul_(a).add_(d, alpha=b0)
+    return x
+
+
+def hand_two(network: Network, x: Tensor, table: Iterable[Any]) -> Tensor:
+    batch, device, d1 = x.shape[0], x.device, None
+    for t, skip, out, a, (b0, b1) in table:
+        d = (x * skip).add_(network(x, torch.full((batch,), t, device=device)), alpha=out)
+        x.mul_(a).add_(d, alpha=b0)
+        if b1:
+            x.add_(d1, alpha=b1)
+        d1 = d
+    return x
+
+
+def hand_three(network: Network, x: Tensor, table: Iterable[Any]) -> Tensor:
+    batch, device, d1, d2 = x.shape[0], x.device, None, None
+    for t, skip, out, a, (b0, b1, b2) in table:
+        d = (x * skip).add_(network(x, torch.full((batch,), t, device=device)), alpha=out)
+        x.mul_(a).add_(d, alpha=b0)
+        if b1:
+            x.add_(d1, alpha=b1)
+        if b2:
+            x.add_(d2, alpha=b2)
+        d2, d1 = d1, d
+    return x
+
+
+def hand_lms(network: Network, x: Tensor, table: Iterable[Any]) -> Tensor:
+    batch, device, e1, e2, e3 = x.shape[0], x.device, None, None, None
+    for t, skip, out, p, q, a, (b0, b1, b2, b3) in table:
+        d = (x * skip).add_(network(x, torch.full((batch,), t, device=device)), alpha=out)
+        e = (x * p).add_(d, alpha=q)
+        x.mul_(a).add_(e, alpha=b0)
+        if b1:
+            x.add_(e1, alpha=b1)
+        if b2:
+            x.add_(e2, alpha=b2)
+        if b3:
+            x.add_(e3, alpha=b3)
+        e3, e2, e1 = e2, e1, e
+    return x
+
+
+def hand_unipc(network: Network, x: Tensor, table: Iterable[Any]) -> Tensor:
+    """Corrects the base in place, then predicts from it; fastdiff's table predicts from the old base, a term more."""
+    batch, device, base, d1, d2, d3 = x.shape[0], x.device, x, None, None, None
+    for t, skip, out, ca, (c0, c1, c2, c3), a, (b0, b1, b2) in table:
+        d = (x * skip).add_(network(x, torch.full((batch,), t, device=device)), alpha=out)
+        if c0:
+            base.mul_(ca).add_(d, alpha=c0).add_(d1, alpha=c1)
+            if c2:
+                base.add_(d2, alpha=c2)
+            if c3:
+                base.add_(d3, alpha=c3)
+        x = (base * a).add_(d, alpha=b0)
+        if b1:
+            x.add_(d1, alpha=b1)
+        if b2:
+            x.add_(d2, alpha=b2)
+        d3, d2, d1 = d2, d1, d
+    return x
+
+
+def hand_heun(network: Network, x: Tensor, table: Iterable[Any]) -> Tensor:
+    batch, device = x.shape[0], x.device
+    for (t, skip, out, a, (b0, _)), second in table:
+        d = (x * skip).add_(network(x, torch.full((batch,), t, device=device)), alpha=out)
+        if second is None:
+            x.mul_(a).add_(d, alpha=b0)
+            continue
+        y = (x * a).add_(d, alpha=b0)
+        t, skip, out, a, (b0, b1) = second
+        d1 = d
+        d = (y * skip).add_(network(y, torch.full((batch,), t, device=device)), alpha=out)
+        x.mul_(a).add_(d, alpha=b0).add_(d1, alpha=b1)
+    return x
+
+
+HAND = {
+    "ddim": hand_one, "dpmpp-2m": hand_two, "dpmpp-3m": hand_three, "unipc-2": hand_unipc, "unipc-3": hand_unipc,
+    "lms-4": hand_lms, "heun": hand_heun,
+}  # fmt: skip
+
+
+def tables(plan: Plan, prediction: str) -> list[Any]:
+    """The numbers of a hand-written loop, from the plan's: (t, c_skip, c_out, weights...) a row, all Python floats."""
+    kind = HAND[plan.name]
+    width = {hand_one: 1, hand_two: 2, hand_three: 3, hand_lms: 4, hand_unipc: 4, hand_heun: 2}[kind]
+
+    def padded(h: tuple[float, ...], size: int = width) -> tuple[float, ...]:
+        return (*h, *(0.0,) * (size - len(h)))
+
+    rows: list[Any] = []
+    for row in plan.rows:
+        c = coefficients(prediction, row.alpha, row.sigma)
+        head = (row.t, c.c_skip, c.c_out)
+        if kind is hand_lms:
+            rows.append((*head, *row.store[0], row.next.x, padded(row.next.h)))
+        elif kind is hand_unipc:
+            a = row.next.x / row.base.x
+            predict = tuple(n - a * b for n, b in zip(padded(row.next.h), padded(row.base.h), strict=True))
+            order = max(1, sum(abs(w) > 1e-12 for w in predict))  # what is left of a zero after the subtraction
+            rows.append((*head, row.base.x, padded(row.base.h), a, padded(predict[:order], 3)))
+        else:
+            rows.append((*head, row.next.x, padded(row.next.h)))
+    if kind is not hand_heun:
+        return rows
+    steps, i = [], 0
+    while i < len(rows):
+        two = plan.rows[i].next != plan.rows[i].base
+        steps.append((rows[i], rows[i + 1] if two else None))
+        i += 1 + two
+    return steps
+
+
+def check(group: Iterable[Case]) -> None:
+    """The loops of a method do the same work: fastdiff's and the hand-written one give the same sample."""
+    results = {c.who: c.prepare()() for c in group if c.who != "diffusers"}
+    for who, x in results.items():
+        torch.testing.assert_close(x, results["sample"], rtol=1e-4, atol=1e-4, msg=lambda m, who=who: f"{who}: {m}")
+
+
+def missing() -> str | None:
+    """Why diffusers is not in the comparison, or None."""
+    try:
+        import diffusers  # noqa: F401
+    except ImportError as e:
+        return f"diffusers is not installed here ({e})"
+    return None
+
+
+def diffusers_case(method: str, prediction: str, network: Network, noise: Tensor) -> Case:
+    """The scheduler as a pipeline drives it; `set_timesteps` (5 to 80 us) is not timed, the time tensor not made."""
+    import diffusers
+
+    common = {"beta_schedule": "linear", "prediction_type": {"eps": "epsilon", "v": "v_prediction"}[prediction]}
+    name, options, step_options = {
+        "ddim": ("DDIMScheduler", {"clip_sample": False}, {}),
+        "dpmpp-2m": ("DPMSolverMultistepScheduler", {"solver_order": 2}, {}),
+        "dpmpp-3m": ("DPMSolverMultistepScheduler", {"solver_order": 3}, {}),
+        "unipc-2": ("UniPCMultistepScheduler", {"solver_order": 2}, {}),
+        "unipc-3": ("UniPCMultistepScheduler", {"solver_order": 3}, {}),
+        "lms-4": ("LMSDiscreteScheduler", {}, {"order": 4}),
+        "heun": ("HeunDiscreteScheduler", {}, {}),
+    }[method]
+    scheduler = getattr(diffusers, name)(**common, **options)
+    steps = ROWS // 2 if method == "heun" else ROWS
+    scheduler.set_timesteps(steps)
+    rows = len(scheduler.timesteps)
+
+    @torch.inference_mode()
+    def loop() -> Tensor:
+        x = noise * scheduler.init_noise_sigma
+        for t in scheduler.timesteps:
+            f = network(scheduler.scale_model_input(x, t), t)
+            x = scheduler.step(f, t, x, **step_options, return_dict=False)[0]
+        return x
+
+    def prepare() -> Loop:
+        scheduler.set_timesteps(steps)
+        return loop
+
+    return Case(method, prediction, "diffusers", rows, prepare)
+
+
+def measure(group: list[Case], rounds: int) -> dict[str, list[float]]:
+    """Microseconds a row of every case, one loop of each a round, the order reversed every other round."""
+    times: dict[str, list[float]] = {c.who: [] for c in group}
+    for case in group * 3:
+        case.prepare()()
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for i in range(rounds):
+            for case in group if i % 2 else group[::-1]:
+                loop = case.prepare()
+                begun = time.perf_counter()
+                loop()
+                times[case.who].append((time.perf_counter() - begun) / case.rows * 1e6)
+            gc.collect(0)
+    finally:
+        if collecting:
+            gc.enable()
+    return times
+
+
+def summary(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """Median and least microseconds a row, and their ratios to the hand-written loop's."""
+    hand = times["hand"]
+    return {
+        who: {
+            "us_per_row": round(statistics.median(t), 2),
+            "us_per_row_min": round(min(t), 2),
+            "ratio": round(statistics.median(t) / statistics.median(hand), 3),
+            "ratio_min": round(min(t) / min(hand), 3),
+        }
+        for who, t in times.items()
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Where and on what code the numbers were made."""
+    models = [x.split(":", 1)[1].strip() for x in _read("/proc/cpuinfo").splitlines() if x.startswith("model name")]
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    if missing() is None:
+        import diffusers
+
+        versions["diffusers"] = diffusers.__version__
+    return {
+        "device": models[0] if models else platform.processor(), "threads": torch.get_num_threads(),
+        "load_average": _read("/proc/loadavg").split()[:3], "versions": versions, "commit": commit(),
+    }  # fmt: skip
+
+
+def commit() -> str:
+    """The commit of the code, "+changes" where fastdiff/ differs from it."""
+    try:
+        head = _git("rev-parse", "--short=12", "HEAD").strip()
+        return head + ("+changes" if _git("status", "--porcelain", "--untracked-files=no", "fastdiff").strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _git(*args: str) -> str:
+    return subprocess.run(["git", *args], cwd=HERE.parent, check=True, capture_output=True, text=True).stdout
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=300, help="loops of each kind (default 300)")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "overhead.json")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if reason := missing():
+        print(f"no peer in this run: {reason}", file=sys.stderr)
+    rows = []
+    for prediction in PREDICTIONS:
+        for method in options.methods:
+            group = cases(method, prediction)
+            check(group)
+            result = summary(measure(group, options.rounds))
+            rows += [{"method": method, "prediction": prediction, "who": who, **r} for who, r in result.items()]
+            cells = (f" | {who} {r['us_per_row']:.1f} us ({r['ratio']:.2f}x)" for who, r in result.items())
+            print(f"{method:9s} {prediction:4s}{''.join(cells)}", flush=True)
+    setting = {"shape": SHAPE, "dtype": "float32", "rows": ROWS, "rounds": options.rounds, "peers_missing": missing()}
+    write_text(options.out, json.dumps({"setting": setting, "machine": machine(), "results": rows}, indent=1) + "\n")
+    print(f"wrote {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""Microseconds a row outside the network, by pytest-benchmark, and the bar on the two-step multistep loop."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from overhead import BAR, METHODS, PREDICTIONS, Case, cases, check, measure, missing, summary
+
+WHO = ("sample", "loop", "hand", "diffusers")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def case(method: str, prediction: str, who: str) -> Case:
+    if who == "diffusers" and (reason := missing()):
+        pytest.skip(reason)
+    return next(c for c in cases(method, prediction, peers=who == "diffusers") if c.who == who)
+
+
+@pytest.mark.parametrize("who", WHO)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("method", METHODS)
+def test_rows(benchmark, method, prediction, who):
+    chosen = case(method, prediction, who)
+    benchmark.group = f"{method} {prediction}, {chosen.rows} rows"
+    rounds = 30 if who == "diffusers" else 200
+    benchmark.pedantic(lambda loop: loop(), setup=lambda: ((chosen.prepare(),), {}), rounds=rounds, warmup_rounds=3)
+    if benchmark.stats is not None:  # None under --benchmark-disable
+        benchmark.extra_info["us_per_row"] = benchmark.stats.stats.median / chosen.rows * 1e6
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("method", METHODS)
+def test_loops_agree(method, prediction):
+    check(cases(method, prediction, peers=False))
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_two_step_multistep_within_the_bar(prediction):
+    result = summary(measure(cases("dpmpp-2m", prediction, peers=False), rounds=200))
+    assert result["loop"]["ratio"] <= BAR, result
