@@ -1,4 +1,4 @@
-"""Training a diffusion U-Net from images: resumable bit for bit, for every random draw is a function of (seed, step)."""
+"""Training a diffusion U-Net from images: resumable bit for bit, since every draw is a function of (seed, step)."""
 
 from __future__ import annotations
 
