@@ -46,8 +46,8 @@ class Control:
     def __post_init__(self) -> None:
         if not (self.rtol > 0 and self.atol > 0):
             raise FastdiffError(f"rtol and atol must be positive; given {self.rtol}, {self.atol}")
-        if self.max_nfe < ORDER + 1:
-            raise FastdiffError(f"max_nfe must be at least {ORDER + 1}; given {self.max_nfe}")
+        if self.max_nfe < ORDER + 2:  # the step away from alpha = 0, one step, and the last prediction
+            raise FastdiffError(f"max_nfe must be at least {ORDER + 2}; given {self.max_nfe}")
 
 
 @torch.no_grad()

@@ -53,6 +53,11 @@ class Grid:
     def __post_init__(self) -> None:
         if len(self.nodes) < 2:
             raise FastdiffError("a grid needs at least one interval")
+        for node in self.nodes:
+            if not (0 <= node.alpha < math.inf and 0 <= node.sigma < math.inf and node.alpha + node.sigma > 0):
+                raise FastdiffError(
+                    f"time {node.t:g} has no level: alpha = {node.alpha:g}, sigma = {node.sigma:g}; give times of the schedule"
+                )
         for i, (a, b) in enumerate(zip(self.nodes, self.nodes[1:], strict=False)):
             if not b.lam > a.lam:
                 raise FastdiffError(
@@ -128,17 +133,23 @@ def uniform_lambda(schedule: NoiseSchedule, n: int) -> Array:
 
 def beta(schedule: NoiseSchedule, n: int, a: float = 0.6, b: float = 0.6) -> Array:
     """Uniform times at the quantiles of Beta(a, b): dense at both ends (Lee et al. 2024, Beta Sampling)."""
-    return _uniform_times(schedule, np.array([_beta_quantile(p, a, b) for p in 1 - _ramp(n)]))
+    t = np.asarray(schedule.time_of_uniform(np.array([_beta_quantile(p, a, b) for p in 1 - _ramp(n)])))
+    low = float(schedule.time_of_uniform(0.0))  # stretched to end at t_min: cut off there, many nodes would coincide
+    t = schedule.t_min + (t - low) * ((schedule.t_max - schedule.t_min) / (schedule.t_max - low))
+    t[0], t[-1] = schedule.t_max, schedule.t_min
+    return t
 
 
 def ays(schedule: NoiseSchedule, n: int, table: str = "sd15") -> Array:
-    """Align Your Steps (Sabour et al. 2024): its published ten-step tables of sigma/alpha, log-linear in between."""
+    """Align Your Steps (Sabour et al. 2024): its published ten-step tables of sigma/alpha, log-linear in between.
+
+    Where a table leaves the model's range, it is cut there.
+    """
     if table not in AYS_TABLES:
         raise FastdiffError(f"unknown ays table {table!r}; allowed: {', '.join(AYS_TABLES)}")
-    values = np.log(AYS_TABLES[table])
-    sigmas = np.exp(np.interp(_ramp(n), np.linspace(0, 1, len(values)), values))
     high, low = _ratio_range(schedule)
-    return np.asarray(schedule.t_of_lam(-np.log(np.clip(sigmas, low, high))), np.float64)
+    knots = np.unique(np.clip(np.log(AYS_TABLES[table]), math.log(low), math.log(high)))[::-1]
+    return np.asarray(schedule.t_of_lam(-np.interp(_ramp(n), np.linspace(0, 1, len(knots)), knots)), np.float64)
 
 
 AYS_TABLES = {
@@ -194,6 +205,8 @@ def make(grid: str | Sequence[float] | Grid, schedule: NoiseSchedule, steps: int
     Raises:
         FastdiffError: an unknown name or option, `end` other than "zero" and "sigma_min", steps < 1, or times that do not fall.
     """
+    if options and not isinstance(grid, str):
+        raise FastdiffError(f"grid options {', '.join(sorted(options))} go with a grid's name, not with given times")
     if isinstance(grid, Grid):
         if grid.steps != steps:
             raise FastdiffError(f"the grid has {grid.steps} intervals where the plan needs {steps}")
@@ -234,7 +247,7 @@ def _named(name: str, schedule: NoiseSchedule, n: int, clean: bool, options: dic
         options = {**options, "clean": clean}
     if n == 1:
         return np.array([schedule.t_max])
-    return family(schedule, n, **options)
+    return np.clip(family(schedule, n, **options), schedule.t_min, schedule.t_max)  # rounding may pass an end
 
 
 def _beta_quantile(p: float, a: float, b: float) -> float:
@@ -256,4 +269,6 @@ def _beta_cdf(x: float, a: float, b: float) -> float:
     for k in range(1, 200):
         term *= (k - b) / k * x
         total += term / (a + k)
+        if abs(term) < 1e-18 * abs(total):
+            break
     return total * math.exp(a * math.log(x) + math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b))

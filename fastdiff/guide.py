@@ -35,6 +35,9 @@ class Guided(Denoiser):
         return self.calls if self._acts(t) else self.positive.calls
 
     def bind(self, **cond: Any) -> Denoiser:
+        mine, others = self.positive.cond, self.negative.cond
+        if contrast := [k for k in cond if mine.get(k) is not others.get(k)]:
+            raise FastdiffError(f"guidance contrasts {', '.join(contrast)}: bind it before guide.cfg, or give it to cfg")
         return Guided(self.positive.bind(**cond), self.negative.bind(**cond), self.scale, self.interval, self.rescale)
 
     def _acts(self, t: float) -> bool:
@@ -49,12 +52,11 @@ class Guided(Denoiser):
             return self._guided_batch(x, t)
         if self.scale == 1.0 or not self._acts(t):
             return self.positive(x, t)
-        return self._combine(x, t)
-
-    def _combine(self, x: Tensor, t: float | Tensor) -> Tensor:
         if self.scale == 0.0:
             return self.negative(x, t)
-        d, n = self.positive(x, t), self.negative(x, t)
+        return self._combine(x, self.positive(x, t), self.negative(x, t))
+
+    def _combine(self, x: Tensor, d: Tensor, n: Tensor) -> Tensor:
         guided = torch.lerp(n, d, self.scale)
         if self.rescale:
             # Lin et al. 2023, eq. 15-16: towards the conditional prediction's own standard deviation
@@ -65,12 +67,18 @@ class Guided(Denoiser):
 
     def _guided_batch(self, x: Tensor, t: Tensor) -> Tensor:
         """Times that differ between samples: guided where each sample's own level lies inside the interval."""
-        guided = self._combine(x, t)
-        if self.scale == 1.0 or self.interval == (0.0, math.inf):
+        everywhere = self.interval == (0.0, math.inf)
+        if self.scale == 1.0:
+            return self.positive(x, t)
+        if self.scale == 0.0 and everywhere:
+            return self.negative(x, t)
+        d, n = self.positive(x, t), self.negative(x, t)
+        guided = self._combine(x, d, n)
+        if everywhere:
             return guided
         u = self.schedule.sigma(t.double()) / self.schedule.alpha(t.double())
         inside = ((u > self.interval[0]) & (u <= self.interval[1])).view(-1, *(1,) * (x.ndim - 1))
-        return torch.where(inside, guided, self.positive(x, t))
+        return torch.where(inside, guided, d)
 
 
 def cfg(

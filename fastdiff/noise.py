@@ -44,9 +44,14 @@ def _rounds(c: list[Any], k: list[Any]) -> list[Any]:
 
 def check_seeds(seeds: Sequence[int]) -> list[int]:
     """The seeds as a list, each a whole number of 64 bits."""
-    out = [int(s) for s in seeds]
-    if not out or any(not 0 <= s < 2**64 or s != given for s, given in zip(out, seeds, strict=True)):
-        raise FastdiffError("seeds must be one or more whole numbers from 0 to 2^64 - 1, one a sample")
+    problem = "seeds must be one or more whole numbers from 0 to 2^64 - 1, one a sample"
+    try:
+        given = list(seeds)
+        out = [int(s) for s in given]
+    except (TypeError, ValueError, OverflowError):
+        raise FastdiffError(f"{problem}; given {seeds!r}") from None
+    if not out or any(not 0 <= s < 2**64 or s != g for s, g in zip(out, given, strict=True)):
+        raise FastdiffError(problem)
     return out
 
 
@@ -69,7 +74,8 @@ def normal_numpy(seeds: Sequence[int], draw: int, count: int) -> np.ndarray:
 def normal(seeds: Sequence[int], draw: int, count: int, device: torch.device | str = "cpu") -> Tensor:
     """(len(seeds), count) float32 unit normals, made on the device."""
     # 64-bit seeds as two signed-safe halves: int64 cannot hold the upper half of uint64
-    low = torch.tensor([s & MASK for s in check_seeds(seeds)], dtype=torch.int64, device=device)[:, None]
+    seeds = check_seeds(seeds)
+    low = torch.tensor([s & MASK for s in seeds], dtype=torch.int64, device=device)[:, None]
     high = torch.tensor([s >> 32 for s in seeds], dtype=torch.int64, device=device)[:, None]
     block = torch.arange((count + 3) // 4, dtype=torch.int64, device=device)[None]
     zero = torch.zeros_like(low + block)

@@ -129,9 +129,16 @@ class Plan:
         stored, drawn = 0, len(self.first.z)
         if len(self.first.z) > 1 or self.first.h:
             raise PlanError(f"plan {self.name}: `first` may weigh the start and one noise, nothing else")
+        for what, numbers in (("start", self.start), ("end", self.end)):
+            if len(numbers) != 2 or not all(math.isfinite(v) for v in numbers):
+                raise PlanError(f"plan {self.name}: {what} must be (alpha, sigma), both finite; given {numbers}")
+        if not all(math.isfinite(w) for w in self.first.values):
+            raise PlanError(f"plan {self.name}: a weight of `first` is not finite")
         for i, row in enumerate(self.rows):
             stored += len(row.store)
             drawn += row.draw is not None
+            if not all(math.isfinite(v) for v in (row.t, row.alpha, row.sigma)):
+                raise PlanError(f"plan {self.name}, row {i}: its time or level is not finite: {row.t}, {row.alpha}, {row.sigma}")
             for weights in (row.next, row.base):
                 if not all(math.isfinite(w) for w in weights.values):
                     raise PlanError(f"plan {self.name}, row {i} (t = {row.t:g}): a weight is not finite")
@@ -182,6 +189,11 @@ class Plan:
         """The rows compiled to registers; every executor runs this. An entry is dropped after the last row that reads it."""
         return _compile(self)
 
+    @cached_property
+    def first_register(self) -> int | None:
+        """Where the noise of `first` is kept for the rows that weigh it; None where none does."""
+        return 1 if any(name == "z" for _, _, nxt, base in _named_terms(self) for name, _ in (*nxt, *base)) else None
+
     @property
     def registers(self) -> int:
         """Registers the program needs: the base, and the most history entries and noises alive at once."""
@@ -210,7 +222,9 @@ class Plan:
             rows = tuple(_row(r) for r in data.pop("rows"))
             first = _weights(data.pop("first"))
             return cls(rows=rows, first=first, **{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as e:
+        except PlanError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as e:
             raise PlanError(f"not a plan: {type(e).__name__} {e}") from e
 
     @classmethod

@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, ClassVar
 
 import numpy as np
@@ -33,7 +34,17 @@ class NoiseSchedule:
     """
 
     name: ClassVar[str] = ""
-    discrete_times: ClassVar[int | None] = None  # number of training times of a discrete-time model
+    rule: ClassVar[str] = ""  # what the parameters must satisfy, in words
+
+    def __post_init__(self) -> None:
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        if not (all(isinstance(v, Real) and math.isfinite(v) for v in given.values()) and self._valid()):
+            raise FastdiffError(
+                f"schedule {self.name} needs {self.rule}, all finite; given {', '.join(f'{k} = {v}' for k, v in given.items())}"
+            )
+
+    def _valid(self) -> bool:
+        return True
 
     def alpha(self, t: Time) -> Time:
         raise TypeError(f"{type(self).__name__} defines no alpha")
@@ -122,8 +133,12 @@ class VPLinear(_VP):
     """beta(t) = beta_min + t (beta_max - beta_min) (Ho et al. 2020 in the continuous time of Song et al. 2021, eq. 33)."""
 
     name: ClassVar[str] = "vp_linear"
+    rule: ClassVar[str] = "0 <= beta_min <= beta_max and beta_max > 0"
     beta_min: float = 0.1
     beta_max: float = 20.0
+
+    def _valid(self) -> bool:
+        return 0 <= self.beta_min <= self.beta_max and self.beta_max > 0
 
     def log_alpha(self, t: Time) -> Time:
         return -0.25 * t**2 * (self.beta_max - self.beta_min) - 0.5 * t * self.beta_min
@@ -134,8 +149,12 @@ class VPScaledLinear(_VP):
     """sqrt(beta) linear in t, as in latent diffusion (Rombach et al. 2022); the betas of 1,000 steps times 1,000."""
 
     name: ClassVar[str] = "vp_scaled_linear"
+    rule: ClassVar[str] = "0 <= beta_min <= beta_max and beta_max > 0"
     beta_min: float = 0.85
     beta_max: float = 12.0
+
+    def _valid(self) -> bool:
+        return 0 <= self.beta_min <= self.beta_max and self.beta_max > 0
 
     def log_alpha(self, t: Time) -> Time:
         b0, slope = math.sqrt(self.beta_min), math.sqrt(self.beta_max) - math.sqrt(self.beta_min)
@@ -151,9 +170,13 @@ class VPCosine(NoiseSchedule):
     """
 
     name: ClassVar[str] = "vp_cosine"
+    rule: ClassVar[str] = "s >= 0 and -60 <= logsnr_min < logsnr_max <= 20"
     s: float = 0.008
     logsnr_min: float = -10.0
     logsnr_max: float = 12.0
+
+    def _valid(self) -> bool:  # beyond the range float64 cannot tell the times from 0 and 1
+        return self.s >= 0 and -60 <= self.logsnr_min < self.logsnr_max <= 20
 
     def alpha(self, t: Time) -> Time:
         return namespace(t).cos(self._angle(t)) / math.cos(self._angle(0.0))
@@ -187,9 +210,13 @@ class VPSigmoid(_VP):
     """alpha^2 falls along a sigmoid between `start` and `end` (Jabri et al. 2022, algorithm 3)."""
 
     name: ClassVar[str] = "vp_sigmoid"
+    rule: ClassVar[str] = "start < end and tau > 0"
     start: float = -3.0
     end: float = 3.0
     tau: float = 1.0
+
+    def _valid(self) -> bool:
+        return self.start < self.end and self.tau > 0
 
     def log_alpha(self, t: Time) -> Time:
         xp = namespace(t)
@@ -207,8 +234,11 @@ class SubVP(NoiseSchedule):
     """alpha of vp_linear, sigma = 1 - alpha^2 (Song et al. 2021, eq. 29)."""
 
     name: ClassVar[str] = "sub_vp"
+    rule: ClassVar[str] = VPLinear.rule
     beta_min: float = 0.1
     beta_max: float = 20.0
+
+    _valid = VPLinear._valid
 
     def alpha(self, t: Time) -> Time:
         return _vp_alpha(VPLinear(self.beta_min, self.beta_max).log_alpha(t))
@@ -257,10 +287,12 @@ class VPFromAlphasCumprod(NoiseSchedule):
         with np.errstate(divide="ignore", invalid="ignore"):
             logit0, logit1 = xp.log(a[i] / (1 - a[i])), xp.log(a[i + 1] / (1 - a[i + 1]))
             logit = (1 - f) * logit0 + f * logit1
-            alpha = 1 / xp.sqrt(1 + xp.exp(-logit))
-        alpha = xp.where(f == 0, xp.sqrt(a[i]), xp.where(f == 1, xp.sqrt(a[i + 1]), alpha))
-        alpha = xp.where(a[i + 1] > 0, alpha, (1 - f) * xp.sqrt(a[i]))  # zero terminal SNR, last interval
-        return alpha, xp.sqrt(1 - alpha**2)
+            signal, noise = 1 / (1 + xp.exp(-logit)), 1 / (1 + xp.exp(logit))  # each without cancellation
+        last = (1 - f) ** 2 * a[i]  # zero terminal SNR, last interval
+        signal, noise = xp.where(a[i + 1] > 0, signal, last), xp.where(a[i + 1] > 0, noise, 1 - last)
+        for at, j in ((f == 0, i), (f == 1, i + 1)):
+            signal, noise = xp.where(at, a[j], signal), xp.where(at, 1 - a[j], noise)
+        return xp.sqrt(signal), xp.sqrt(noise)
 
     @property
     def discrete_count(self) -> int:
@@ -280,8 +312,12 @@ class VE(NoiseSchedule):
     """Variance exploding: x = x0 + sigma*eps, and the time is sigma itself (Song and Ermon 2019; Karras et al. 2022)."""
 
     name: ClassVar[str] = "ve"
+    rule: ClassVar[str] = "0 < sigma_min < sigma_max"
     sigma_min: float = 0.01
     sigma_max: float = 50.0
+
+    def _valid(self) -> bool:
+        return 0 < self.sigma_min < self.sigma_max
 
     def alpha(self, t: Time) -> Time:
         return namespace(t).ones_like(t) if isinstance(t, torch.Tensor | np.ndarray) else 1.0
@@ -309,9 +345,13 @@ class EDM(VE):
     """The VE levels with the range and data scale of Karras et al. 2022, table 1; `sigma_data` feeds prediction="edm"."""
 
     name: ClassVar[str] = "edm"
+    rule: ClassVar[str] = "0 < sigma_min < sigma_max and sigma_data > 0"
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     sigma_data: float = 0.5
+
+    def _valid(self) -> bool:
+        return 0 < self.sigma_min < self.sigma_max and self.sigma_data > 0
 
 
 @dataclass(frozen=True)
@@ -323,7 +363,11 @@ class Flow(NoiseSchedule):
     """
 
     name: ClassVar[str] = "flow"
+    rule: ClassVar[str] = "shift > 0"
     shift: float = 1.0
+
+    def _valid(self) -> bool:
+        return self.shift > 0
 
     def alpha(self, t: Time) -> Time:
         return 1.0 - t
@@ -371,9 +415,11 @@ class Shifted(NoiseSchedule):
     base: Any = None
     shift: float = 1.0
 
+    __hash__ = NoiseSchedule.__hash__  # `base` is a dict
+
     def __post_init__(self) -> None:
-        if not self.shift > 0:
-            raise FastdiffError(f"shift must be positive; given {self.shift}")
+        if not 0 < self.shift < math.inf:
+            raise FastdiffError(f"shift must be positive and finite; given {self.shift}")
         object.__setattr__(self, "_base", from_config(self.base))
 
     def _levels(self, t: Time) -> tuple[Time, Time]:
@@ -398,6 +444,10 @@ class Shifted(NoiseSchedule):
         return self._base.time_of_uniform(u)  # type: ignore[attr-defined]
 
     @property
+    def sigma_data(self) -> float:
+        return getattr(self._base, "sigma_data", 0.5)  # type: ignore[attr-defined]
+
+    @property
     def t_min(self) -> float:
         return self._base.t_min  # type: ignore[attr-defined]
 
@@ -413,16 +463,20 @@ class ZeroTerminalSNR(NoiseSchedule):
     name: ClassVar[str] = "zero_terminal_snr"
     base: Any = None
 
+    __hash__ = NoiseSchedule.__hash__  # `base` is a dict
+
     def __post_init__(self) -> None:
         base = from_config(self.base)
-        if abs(float(base.alpha(base.t_max)) ** 2 + float(base.sigma(base.t_max)) ** 2 - 1) > 1e-9:
+        t = np.linspace(base.t_min, base.t_max, 5)
+        if not np.allclose(base.alpha(t) ** 2 + base.sigma(t) ** 2, 1, rtol=0, atol=1e-9):
             raise FastdiffError(f"zero_terminal_snr needs a variance-preserving schedule; given {base.name}")
         object.__setattr__(self, "_base", base)
 
     def alpha(self, t: Time) -> Time:
         base: NoiseSchedule = self._base  # type: ignore[attr-defined]
         first, last = float(base.alpha(base.t_min)), float(base.alpha(base.t_max))
-        return (base.alpha(t) - last) * (first / (first - last))
+        alpha = (base.alpha(t) - last) * (first / (first - last))
+        return namespace(t).maximum(alpha, 0 * alpha)  # torch's exp may differ from numpy's in the last bit
 
     def sigma(self, t: Time) -> Time:
         alpha = self.alpha(t)

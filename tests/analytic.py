@@ -83,8 +83,10 @@ BIMODAL = Mixture((0.35, 0.65), (-1.0, 0.8), (0.3, 0.5))
 
 
 def interpret(plan, denoise, start, noises=()):
-    """A plan's table read literally, with growing lists and no registers. `denoise(y, alpha, sigma)`; returns every point
-    that a row evaluates, and the result."""
+    """A plan's table read literally, with growing lists and no registers; the denoiser is called as `(y, alpha, sigma)`.
+
+    Returns every point that a row evaluates, and the result.
+    """
     draws, history, drawn = iter(noises), [], []
     if plan.first.z:
         drawn.insert(0, next(draws))

@@ -1,4 +1,4 @@
-"""One thread and reproducible examples for the whole test run. Its folder is on sys.path, so tests import `analytic`."""
+"""One thread and reproducible examples for the whole run. This folder is on sys.path, so tests import `analytic`."""
 
 import torch
 from hypothesis import settings

@@ -130,7 +130,8 @@ def plan(
         raise FastdiffError(
             f"solver {info.name} has no option {', '.join(sorted(unknown))}; it takes {', '.join(info.options) or 'none'}"
         )
-    counts = _counts(info, nfe, steps, _starts_at_full_noise(noise_schedule, grid), end == "zero")
+    clean = grid.ends_clean if isinstance(grid, grids.Grid) else end == "zero"
+    counts = _counts(info, nfe, steps, _starts_at_full_noise(noise_schedule, grid), clean)
     made = grids.make(grid if grid is not None else info.grid, noise_schedule, len(counts), end, **(grid_options or {}))
     return info.build(noise_schedule, made, **({"counts": counts} if info.nfe_per_step > 1 else {}), **options)
 
@@ -138,7 +139,9 @@ def plan(
 def _starts_at_full_noise(schedule: NoiseSchedule, grid: str | Sequence[float] | grids.Grid | None) -> bool:
     if isinstance(grid, grids.Grid):
         return grid.nodes[0].alpha == 0.0
-    return float(schedule.alpha(schedule.t_max if grid is None or isinstance(grid, str) else float(grid[0]))) == 0.0
+    if grid is None or isinstance(grid, str):
+        return float(schedule.alpha(schedule.t_max)) == 0.0
+    return len(grid) > 0 and float(schedule.alpha(float(grid[0]))) == 0.0
 
 
 def _counts(info: SolverInfo, nfe: int | None, steps: int | None, from_zero: bool, to_zero: bool) -> tuple[int, ...]:

@@ -1,11 +1,13 @@
 """The order of every solver, measured as DESIGN.md defines it: from a start near lam = 0 to sigma_min, on two grids."""
 
+import itertools
 import math
 
-import fastdiff as fd
 import numpy as np
 import pytest
 from analytic import BIMODAL, GAUSSIAN, interpret, result
+
+import fastdiff as fd
 
 STEPS = (40, 80, 160, 320)  # three halvings
 FLOOR = 1e-13  # rounding of a run in float64; the slope is fitted where errors are 100 times above
@@ -72,8 +74,10 @@ STOCHASTIC = [
 
 
 def moments(plan, data):
-    """Mean and variance of a plan's result on Gaussian data, exactly: the denoiser is affine, so a state is a vector of its
-    mean and its weights on the independent unit normals."""
+    """Mean and variance of a plan's result on Gaussian data, exactly.
+
+    The denoiser is affine there, so a state is a vector: its mean and its weights on the independent unit normals.
+    """
     (c,), (s,) = data.means, data.stds
     unit = np.eye(2 + plan.draws)
 
@@ -97,7 +101,7 @@ def test_stochastic_moments_on_gaussian_data(name, options, schedule, grid):
         assert mean == pytest.approx(plan.end[0] * GAUSSIAN.means[0], abs=1e-12)
         found.append(abs(variance - GAUSSIAN.std(*plan.end) ** 2))
     assert slope(found) >= 1 - 0.15
-    assert all(fine <= 1.05 * coarse for coarse, fine in zip(found[1:], found[2:], strict=False))
+    assert all(fine <= 1.05 * coarse for coarse, fine in itertools.pairwise(found[1:]))
 
 
 def test_every_stochastic_solver_is_covered():

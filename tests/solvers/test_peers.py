@@ -1,20 +1,21 @@
-"""Trajectories of diffusers 0.42.1 and k-diffusion 0.1.1, frozen in tests/data, reproduced by our tables on the same levels."""
+"""Trajectories of diffusers 0.42.1 and k-diffusion 0.1.1, frozen in tests/data, reproduced on the same levels."""
 
 import json
 from pathlib import Path
 
-import fastdiff as fd
 import numpy as np
 import pytest
 import torch
 from analytic import BIMODAL
+
+import fastdiff as fd
 from fastdiff.grid import Grid, Node
 
 RUNS = json.loads((Path(__file__).parents[1] / "data" / "peer_trajectories.json").read_text())["runs"]
 SCHEDULE = fd.schedule.ve(sigma_min=0.02, sigma_max=200.0)  # for inner points and churn: the peers cap neither
 BOUND = 1e-12  # on |ours - theirs| at data of size 1
 
-MULTISTEP = {1: "ddim", 2: "dpmpp-2m", 3: "dpmpp-3m-compat"}  # ours under the plain name corrects the published third order
+MULTISTEP = {1: "ddim", 2: "dpmpp-2m", 3: "dpmpp-3m-compat"}  # plain "dpmpp-3m" corrects the published one
 OURS = {
     "EulerDiscreteScheduler": lambda o: ("euler", {}),
     "EulerAncestralDiscreteScheduler": lambda o: ("euler-ancestral", {}),
@@ -62,7 +63,7 @@ def label(run):
 
 
 def grid_of(run):
-    """The levels of a run's steps, without the inner points of Heun and 2S; the time of a level is sigma in VE, else a count."""
+    """The levels of a run's steps, without the inner points of Heun and 2S; times are sigma in VE, else a count."""
     levels = [[1.0, s] for s in run["sigmas"][:-1]] if "sigmas" in run else run["calls"]
     if run["name"] == "HeunDiscreteScheduler":
         levels = levels[::2]
