@@ -258,7 +258,10 @@ def diffusers_case(method: str, prediction: str, network: Network, noise: Tensor
 
 
 def measure(group: list[Case], rounds: int) -> dict[str, list[float]]:
-    """Microseconds a row of every case, one loop of each a round, the order reversed every other round."""
+    """Microseconds a row of every case, one loop of each a round, the order reversed every other round.
+
+    The thread's CPU time, not the wall's: on a shared core a long loop is interrupted more often than a short one.
+    """
     times: dict[str, list[float]] = {c.who: [] for c in group}
     for case in group * 3:
         case.prepare()()
@@ -268,9 +271,9 @@ def measure(group: list[Case], rounds: int) -> dict[str, list[float]]:
         for i in range(rounds):
             for case in group if i % 2 else group[::-1]:
                 loop = case.prepare()
-                begun = time.perf_counter()
+                begun = time.thread_time()
                 loop()
-                times[case.who].append((time.perf_counter() - begun) / case.rows * 1e6)
+                times[case.who].append((time.thread_time() - begun) / case.rows * 1e6)
             gc.collect(0)
     finally:
         if collecting:
@@ -344,7 +347,10 @@ def main() -> int:
             rows += [{"method": method, "prediction": prediction, "who": who, **r} for who, r in result.items()]
             cells = (f" | {who} {r['us_per_row']:.1f} us ({r['ratio']:.2f}x)" for who, r in result.items())
             print(f"{method:9s} {prediction:4s}{''.join(cells)}", flush=True)
-    setting = {"shape": SHAPE, "dtype": "float32", "rows": ROWS, "rounds": options.rounds, "peers_missing": missing()}
+    setting = {
+        "shape": SHAPE, "dtype": "float32", "rows": ROWS, "rounds": options.rounds, "clock": "thread_time",
+        "peers_missing": missing(),
+    }  # fmt: skip
     write_text(options.out, json.dumps({"setting": setting, "machine": machine(), "results": rows}, indent=1) + "\n")
     print(f"wrote {options.out}")
     return 0
