@@ -10,6 +10,11 @@ errors = Console(stderr=True)
 CHECKPOINT_HELP = ".safetensors file, training folder, or shipped model"
 
 
+def say(line: str) -> None:
+    """A line of result, as it is: not wrapped, and brackets in a path are no markup."""
+    console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
 def progress_bar() -> Progress:
     """A bar with count, elapsed and remaining time; the task's description is its live figure. Silent in a log."""
     return Progress(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import FastdiffError
-from .console import CHECKPOINT_HELP, console, progress_bar
+from .console import CHECKPOINT_HELP, progress_bar, say
 from .pictures import check_folder, import_pillow, write_pictures
 from .requests import Request, check_device, class_names, parse_classes, parse_seeds, requests
 
@@ -77,10 +77,10 @@ def sample(
     columns = len(numbers) if classes is not None else None
     write_pictures(out, {r.file_name: image for r, image in zip(wanted, images, strict=True)}, scale, columns)
     mean = sum(calls) / len(calls)
-    console.print(
+    say(
         f"{method.title}, guidance {guidance:g}: {mean:g} network calls a sample, {len(wanted)} samples "
-        f"in {seconds:.2f} s on {where} -> {out / 'grid.png'}", soft_wrap=True, markup=False, highlight=False,
-    )  # fmt: skip
+        f"in {seconds:.2f} s on {where} -> {out / 'grid.png'}"
+    )
 
 
 def _check_together(
@@ -163,7 +163,7 @@ def _adaptive(rtol: float | None, atol: float | None) -> Method:
             x, nfe, unfinished = sample_adaptive(denoiser, seeds=seeds, rtol=control.rtol, atol=control.atol)
         if bool(unfinished.any()):
             tired = [seed for seed, flag in zip(seeds, unfinished.tolist(), strict=True) if flag]
-            console.print(f"seeds {tired} reached {control.max_nfe} evaluations before the end: raise --rtol or --atol")
+            say(f"seeds {tired} reached {control.max_nfe} evaluations before the end: raise --rtol or --atol")
         return x, [n * denoiser.calls for n in nfe.tolist()]
 
     return Method(f"adaptive, rtol {control.rtol:g}, atol {control.atol:g}", run)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .console import console, progress_bar
+from .console import progress_bar, say
 from .pictures import check_folder
 
 
@@ -58,7 +58,7 @@ def train(
     check_folder(out)
     trainer = Trainer(config, load_images(data, size), out)
     if trainer.step:
-        console.print(f"resuming {out} at step {trainer.step} of {steps}")
+        say(f"resuming {out} at step {trainer.step} of {steps}")
     with progress_bar() as bar, _interrupts() as interrupted:
         task = bar.add_task("train", total=steps, completed=trainer.step)
 
@@ -69,7 +69,7 @@ def train(
 
         trainer.run(show, save_every)
     _plot_losses(trainer.losses, out / "loss.png")
-    console.print(f"{out / 'model.safetensors'}: {trainer.step} steps, {trainer.step * batch} images")
+    say(f"{out / 'model.safetensors'}: {trainer.step} steps, {trainer.step * batch} images")
 
 
 @contextlib.contextmanager
@@ -95,7 +95,7 @@ def _plot_losses(values: list[float], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        console.print("no loss.png: pip install 'fastdiff[plots]' for pictures")
+        say("no loss.png: pip install 'fastdiff[plots]' for pictures")
         return
     from ..files import atomic
 
