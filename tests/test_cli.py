@@ -1,6 +1,7 @@
 """The command line: pictures of the right samples; a mistake is one line, exit code 2, and nothing left behind."""
 
 import json
+import signal
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ import fastdiff as fd
 from fastdiff.cli import pictures
 from fastdiff.cli.main import main
 from fastdiff.errors import FastdiffError
+from fastdiff.training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -252,6 +254,29 @@ def test_ctrl_c(fastdiff, checkpoint, monkeypatch):
     code, out, err = fastdiff("sample", checkpoint, "--out", "o")
     assert (code, out, err) == (130, "", "interrupted; what is done is kept\n")
     assert not (fastdiff.folder / "o").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_training_ends_after_its_step_and_goes_on(fastdiff, monkeypatch, number):
+    """The signal comes in the middle of the third step, which is finished, saved and not repeated."""
+    tiny.npz(fastdiff.folder / "a.npz")
+    command = ["train", "--data", "a.npz", "--out", "run", "--steps", "5", "--batch", "4", "--network", '{"channel_mult": [1], '
+               '"model_channels": 32, "num_res_blocks": 1, "attention": [], "head_channels": 32}']  # fmt: skip
+    real, before = Trainer.loss, signal.getsignal(number)
+
+    def interrupted(self, generator):
+        if self.step == 2:
+            signal.raise_signal(number)
+        return real(self, generator)
+
+    monkeypatch.setattr(Trainer, "loss", interrupted)
+    code, _, err = fastdiff(*command)
+    assert (code, err) == (130, "interrupted; what is done is kept\n")
+    assert signal.getsignal(number) is before, "the handlers are given back"
+    monkeypatch.setattr(Trainer, "loss", real)
+    code, out, _ = fastdiff(*command)
+    assert code == 0 and "resuming run at step 3 of 5" in out
+    assert fd.load("run").info["training"]["step"] == 5
 
 
 def test_solvers_lists_them_all(fastdiff):
