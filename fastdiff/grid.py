@@ -109,7 +109,9 @@ def _ramp(n: int) -> Array:
 
 def quadratic(schedule: NoiseSchedule, n: int) -> Array:
     """sqrt(t) uniform (Song et al. 2020, DDIM, appendix D.2)."""
-    return np.linspace(math.sqrt(schedule.t_max), math.sqrt(schedule.t_min), n) ** 2
+    t = np.linspace(math.sqrt(schedule.t_max), math.sqrt(schedule.t_min), n) ** 2
+    t[0], t[-1] = schedule.t_max, schedule.t_min  # to the bit: alpha may be 0 there and nowhere else
+    return t
 
 
 def karras(schedule: NoiseSchedule, n: int, rho: float = 7.0) -> Array:
@@ -133,11 +135,7 @@ def uniform_lambda(schedule: NoiseSchedule, n: int) -> Array:
 
 def beta(schedule: NoiseSchedule, n: int, a: float = 0.6, b: float = 0.6) -> Array:
     """Uniform times at the quantiles of Beta(a, b): dense at both ends (Lee et al. 2024, Beta Sampling)."""
-    t = np.asarray(schedule.time_of_uniform(np.array([_beta_quantile(p, a, b) for p in 1 - _ramp(n)])))
-    low = float(schedule.time_of_uniform(0.0))  # stretched to end at t_min: cut off there, many nodes would coincide
-    t = schedule.t_min + (t - low) * ((schedule.t_max - schedule.t_min) / (schedule.t_max - low))
-    t[0], t[-1] = schedule.t_max, schedule.t_min
-    return t
+    return _uniform_times(schedule, np.array([_beta_quantile(p, a, b) for p in 1 - _ramp(n)]))
 
 
 def ays(schedule: NoiseSchedule, n: int, table: str = "sd15") -> Array:
@@ -160,7 +158,16 @@ AYS_TABLES = {
 
 
 def _uniform_times(schedule: NoiseSchedule, u: Array) -> Array:
-    return np.clip(schedule.time_of_uniform(u), schedule.t_min, schedule.t_max)
+    return _down_to_t_min(schedule, np.asarray(schedule.time_of_uniform(u), np.float64))
+
+
+def _down_to_t_min(schedule: NoiseSchedule, t: Array) -> Array:
+    """Times that pass t_min, stretched to end there; cut off instead, several nodes could coincide."""
+    if t[-1] >= schedule.t_min:
+        return t
+    stretched = schedule.t_min + (t - t[-1]) * ((t[0] - schedule.t_min) / (t[0] - t[-1]))
+    stretched[0] = t[0]
+    return stretched
 
 
 def uniform_t(schedule: NoiseSchedule, n: int, clean: bool, spacing: str = "trailing", offset: int = 0) -> Array:
@@ -190,7 +197,7 @@ def flow_shift(schedule: NoiseSchedule, n: int, clean: bool, num_tokens: int) ->
     (0.5 at 256, 1.15 at 4096; Esser et al. 2024, section 5.3.2, and FLUX)."""
     shift = math.exp(0.5 + (1.15 - 0.5) * (num_tokens - 256) / (4096 - 256))
     u = 1 - np.arange(n) / n if clean else np.linspace(1, 0, n)
-    return np.clip(schedule.t_max * shift * u / (1 + (shift - 1) * u), schedule.t_min, schedule.t_max)
+    return _down_to_t_min(schedule, schedule.t_max * (shift * u / (1 - u + shift * u)))
 
 
 GRIDS: dict[str, Callable[..., Array]] = {

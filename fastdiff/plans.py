@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +122,11 @@ class Plan:
         return len(self.first.z) + sum(row.draw is not None for row in self.rows)
 
     def _check_declarations(self) -> None:
+        named = isinstance(self.name, str) and isinstance(self.provenance, dict)
+        if not (named and type(self.order) is int and isinstance(self.stochastic, bool)):
+            raise PlanError("a plan's name is text, its order a whole number, its provenance a dict, stochastic true or false")
         for what, value in (("mean", self.mean), ("spread", self.spread)):
-            if value != "exact" and not value.startswith(("order ", "waived: ")):
+            if value != "exact" and not str(value).startswith(("order ", "waived: ")):
                 raise PlanError(f'{what} must be "exact", "order p" or "waived: reason"; given {value!r}')
 
     def _check_structure(self) -> None:
@@ -137,6 +141,10 @@ class Plan:
         for i, row in enumerate(self.rows):
             stored += len(row.store)
             drawn += row.draw is not None
+            if row.draw not in (None, "free") and not _is_pair(row.draw):
+                raise PlanError(f'plan {self.name}, row {i}: draw must be (from, to), "free" or None; given {row.draw!r}')
+            if row.var is not None and not _is_pair(row.var):
+                raise PlanError(f"plan {self.name}, row {i}: var must be (log low, log high) or None; given {row.var!r}")
             if not all(math.isfinite(v) for v in (row.t, row.alpha, row.sigma)):
                 raise PlanError(f"plan {self.name}, row {i}: its time or level is not finite: {row.t}, {row.alpha}, {row.sigma}")
             for weights in (row.next, row.base):
@@ -154,8 +162,10 @@ class Plan:
         # Every state is a vector: its mean, its weights on independent unit normals (start noise, then the draws), and last
         # a running error: weights grow like the ratio of two levels, and with them the rounding of their sum.
         size = 3 + self.draws
-        unit, points = np.eye(size), []
-        noises, history = [], []
+        unit = np.eye(size)
+        points: list[np.ndarray] = []
+        noises: list[np.ndarray] = []
+        history: list[np.ndarray] = []
         base = unit[0] * self.start[0] + unit[1] * self.start[1]
         drawn = 2
         if self.first.z:
@@ -182,7 +192,7 @@ class Plan:
             if self.mean == "exact" and not abs(mean - alpha) <= bound:
                 raise PlanError(f"plan {self.name}, {where}: its weights give a mean of {mean:.15g} where alpha is {alpha:.15g}")
             if self.spread == "exact" and not abs(spread - sigma) <= bound:
-                raise PlanError(f"plan {self.name}, {where}: its weights give a noise of {spread:.15g} where sigma is {sigma:.15g}")
+                raise PlanError(f"plan {self.name}, {where}: its weights give noise of {spread:.15g} where sigma is {sigma:.15g}")
 
     @cached_property
     def program(self) -> tuple[Step, ...]:
@@ -190,11 +200,16 @@ class Plan:
         return _compile(self)
 
     @cached_property
-    def first_register(self) -> int | None:
-        """Where the noise of `first` is kept for the rows that weigh it; None where none does."""
-        return 1 if any(name == "z" for _, _, nxt, base in _named_terms(self) for name, _ in (*nxt, *base)) else None
+    def first_noise(self) -> int | None:
+        """The register of the noise that `first` drew, where a row weighs it again; else None."""
+        drawn = 0
+        for row in self.rows:
+            drawn += row.draw is not None
+            if self.first.z and any(w != 0.0 for w in (*row.next.z[drawn:], *row.base.z[drawn:])):
+                return 1
+        return None
 
-    @property
+    @cached_property
     def registers(self) -> int:
         """Registers the program needs: the base, and the most history entries and noises alive at once."""
         used = [r for s in self.program for r, _ in (*s.next, *(s.base or ()))]
@@ -221,7 +236,8 @@ class Plan:
                 raise PlanError(f"this version reads plans of format {FORMAT}")
             rows = tuple(_row(r) for r in data.pop("rows"))
             first = _weights(data.pop("first"))
-            return cls(rows=rows, first=first, **{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+            fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+            return cls(rows=rows, first=first, **fields)
         except PlanError:
             raise
         except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as e:
@@ -238,6 +254,11 @@ class Plan:
 
 
 Term = tuple[str, float]
+
+
+def _is_pair(value: Any) -> bool:
+    """Two finite numbers."""
+    return isinstance(value, tuple) and len(value) == 2 and all(isinstance(v, Real) and math.isfinite(v) for v in value)
 
 
 def _sum(w: Weights, base: np.ndarray, history: Sequence[np.ndarray], noises: Sequence[np.ndarray]) -> np.ndarray:
@@ -290,6 +311,9 @@ def _compile(plan: Plan) -> tuple[Step, ...]:
     """Registers by linear scan over the last use of each history entry and noise."""
     named = _named_terms(plan)
     last_use = {name: i for i, (_, _, nxt, base) in enumerate(named) for name, _ in (*nxt, *base)}
+    for i, (_, drawn, _, _) in enumerate(named):
+        if drawn is not None:
+            last_use.setdefault(drawn, i)  # a noise that nothing weighs is drawn all the same: draw k stays draw k
     register: dict[str, int] = {}
     spare: list[int] = []
     steps = []
@@ -305,7 +329,7 @@ def _compile(plan: Plan) -> tuple[Step, ...]:
         take("z")
     for i, (row, (stored, drawn, nxt, base)) in enumerate(zip(plan.rows, named, strict=True)):
         stores = tuple((take(name), p, q) for name, (p, q) in zip(stored, row.store, strict=True) if name in last_use)
-        draw = take(drawn) if drawn in last_use and drawn is not None else None
+        draw = None if drawn is None else take(drawn)
         same = row.base == row.next or i == len(named) - 1
         unchanged = row.base == IDENTITY
         base_sum = None if same else () if unchanged else sum_of(row.base.x, base)

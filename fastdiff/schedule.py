@@ -263,7 +263,7 @@ class VPFromAlphasCumprod(NoiseSchedule):
 
     def __post_init__(self) -> None:
         a = np.asarray(self.alphas_cumprod, np.float64)
-        if a.ndim != 1 or len(a) < 2 or not (np.all(np.diff(a) < 0) and 0 <= a[-1] and a[0] < 1):
+        if a.ndim != 1 or len(a) < 2 or not (np.all(np.diff(a) < 0) and a[-1] >= 0 and a[0] < 1):
             raise FastdiffError(
                 "alphas_cumprod must be a falling list of at least 2 numbers in [0, 1) that starts below 1; "
                 f"given {len(np.atleast_1d(a))} numbers from {a.flat[0] if a.size else None} to {a.flat[-1] if a.size else None}"
@@ -379,7 +379,7 @@ class Flow(NoiseSchedule):
         return 1 / (1 + namespace(lam).exp(lam))
 
     def time_of_uniform(self, u: Time) -> Time:
-        return self.shift * u / (1 + (self.shift - 1) * u)
+        return self.shift * u / (1 - u + self.shift * u)  # 1 at u = 1, to the bit
 
     @property
     def t_min(self) -> float:

@@ -67,7 +67,8 @@ _SOLVERS = [
            aliases=("dpm++2s", "dpmpp_2s")),
     _entry("dpmpp-3s", build_singlestep, 3, "Lu et al. 2022b", bind={"order": 3}, nfe_per_step=3, inner_points=True,
            aliases=("dpm++3s", "dpmpp_3s")),
-    *(_entry(f"unipc-{k}", build_unipc, min(k + 1, 3), "Zhao et al. 2023", bind={"order": k}, aliases=("unipc",) if k == 2 else ())
+    *(_entry(f"unipc-{k}", build_unipc, min(k + 1, 3), "Zhao et al. 2023", bind={"order": k},
+             aliases=("unipc",) if k == 2 else ())
       for k in (1, 2, 3)),
     *(_entry(f"lms-{k}", build_lms, min(k, 2), "k-diffusion", bind={"order": k}, aliases=("lms",) if k == 4 else ())
       for k in (1, 2, 3, 4)),

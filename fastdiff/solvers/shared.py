@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from ..errors import FastdiffError
 from ..grid import Grid, Node
 from ..plans import X0_ENTRY, Row, Weights
+
 
 def carry(a: Node, b: Node) -> float:
     """sigma_b/sigma_a: what the exact step keeps of the state."""
@@ -57,7 +59,7 @@ def row(node: Node, nxt: Weights, base: Weights | None = None, **fields: object)
     return Row(node.t, node.alpha, node.sigma, nxt, nxt if base is None else base, **fields)  # type: ignore[arg-type]
 
 
-def ends(grid: Grid) -> dict[str, tuple[float, float]]:
+def ends(grid: Grid) -> dict[str, Any]:
     """The plan's start and end levels."""
     first, last = grid.nodes[0], grid.nodes[-1]
     return {"start": (first.alpha, first.sigma), "end": (last.alpha, last.sigma)}
