@@ -18,7 +18,6 @@ from torch import Tensor
 from .denoiser import Denoiser
 from .errors import FastdiffError, NonFiniteError
 from .grid import LAM_START, Node
-from .noise import NoiseSource
 from .plans import IDENTITY, Plan, Row
 from .sampling import begin
 
@@ -82,10 +81,8 @@ def sample_adaptive(
     while run.active.numel():
         run.step()
     if bool(run.unfinished.any()):
-        warnings.warn(
-            f"{int(run.unfinished.sum())} of {len(run.unfinished)} samples reached max_nfe = {max_nfe} before the end; they are flagged",
-            UserWarning, stacklevel=2,
-        )  # fmt: skip
+        count = f"{int(run.unfinished.sum())} of {len(run.unfinished)}"
+        warnings.warn(f"{count} samples reached max_nfe = {max_nfe} before the end; they are flagged", UserWarning, stacklevel=2)
     return Adaptive(run.out, run.nfe, run.unfinished)
 
 
@@ -116,7 +113,8 @@ class _Run:
         d = subset(self.full, self.active, len(self.out))(x, self.full.schedule.t_of_lam(lam))
         self.nfe[self.active] += 1
         if not bool(d.isfinite().all()):
-            raise NonFiniteError(f"the network returned NaN or infinity at log-SNR {float(lam.min()):.3f} to {float(lam.max()):.3f}")
+            where = f"{float(lam.min()):.3f} to {float(lam.max()):.3f}"
+            raise NonFiniteError(f"the network returned NaN or infinity at log-SNR {where}")
         return d
 
     def step(self) -> None:

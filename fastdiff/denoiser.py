@@ -126,10 +126,9 @@ class Denoiser:
         ones = (1,) * (x.ndim - 1)
         c = coefficients(self.prediction, alpha, sigma, self.sigma_data)
         c = Coefficients(*(v.to(x.dtype).view(-1, *ones) if isinstance(v, Tensor) else v for v in c))
-        if self.time is not None:
-            c_noise = self.time(t64)
-        else:
-            c_noise = torch.log(sigma / alpha) / 4 if self.prediction == "edm" else t64
+        c_noise = self.time(t64) if self.time is not None else t64
+        if self.time is None and self.prediction == "edm":
+            c_noise = torch.log(sigma / alpha) / 4
         return c, c_noise.float()
 
     @property
@@ -144,7 +143,7 @@ class Denoiser:
             parameters = self.network.parameters() if isinstance(self.network, torch.nn.Module) else iter(())
             cached = next((p.dtype for p in parameters if p.is_floating_point()), None)
             self._dtype: torch.dtype | None = cached
-        return cached  # type: ignore[return-value]
+        return cached
 
     @property
     def device(self) -> torch.device:

@@ -101,12 +101,13 @@ def cfg(
         FastdiffError: no negative condition where the network has no null class; scale or rescale not finite or negative.
     """
     if not (math.isfinite(scale) and scale >= 0 and 0 <= rescale <= 1 and interval[0] < interval[1]):
-        raise FastdiffError(f"guidance needs scale >= 0, rescale in [0, 1] and a rising interval; given {scale}, {rescale}, {interval}")
+        given = f"{scale}, {rescale}, {interval}"
+        raise FastdiffError(f"guidance needs scale >= 0, rescale in [0, 1] and a rising interval; given {given}")
     positive = denoiser.bind(**(cond or {}))
     if negative is None:
         null = getattr(denoiser.network, "null_label", None)
         labels = positive.cond.get("class_labels")
         if null is None or labels is None:
-            raise FastdiffError("guidance needs negative={...}: this network has no null class of its own, or no labels are bound")
+            raise FastdiffError("guidance needs negative={...}: this network has no null class, or no class_labels are bound")
         negative = {"class_labels": torch.full_like(labels, null)}
     return Guided(positive, denoiser.bind(**negative), float(scale), interval, float(rescale))

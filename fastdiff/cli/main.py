@@ -8,6 +8,7 @@ from typing import NoReturn
 import typer
 
 from ..errors import FastdiffError
+from .bench import bench, demo
 from .console import errors
 from .info import info, solvers
 from .sample import sample
@@ -17,7 +18,9 @@ from .train import train
 UsageError: type[Exception] = typer.BadParameter.__base__  # type: ignore[assignment]
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app.command()(demo)
 app.command()(sample)
+app.command()(bench)
 app.command()(train)
 app.command()(solvers)
 app.command()(info)

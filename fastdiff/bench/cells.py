@@ -1,0 +1,95 @@
+"""What is measured: cells (solver, grid, NFE) and the setup they share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import guide
+from ..denoiser import Denoiser
+from ..errors import FastdiffError
+from ..grid import GRIDS
+from ..plans import Plan
+from ..solvers import list_solvers, plan
+from ..solvers.registry import find
+
+QUICK_SOLVERS = ("ddim", "heun", "dpmpp-2m", "dpmpp-3m", "unipc-3")
+NFES = (5, 8, 10, 20)
+GRID_SOLVERS = ("ddim", "dpmpp-2m", "unipc-3")
+LEFT_OUT = {"flow_shift", "exponential", "polyexponential"}  # wants a number of tokens; both uniform_lambda by default
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """A solver on a grid at a budget of evaluations; or a saved plan under its own name."""
+
+    solver: str
+    grid: str
+    nfe: int
+    saved: Plan | None = None
+
+    @property
+    def line(self) -> str:
+        """The name of the line of the frontier that the cell lies on."""
+        return self.solver if self.saved else f"{self.solver} · {self.grid}"
+
+    def plan(self, denoiser: Denoiser) -> Plan:
+        return self.saved or plan(self.solver, denoiser, self.nfe, grid=self.grid)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all cells share: seeds first_seed .. first_seed + n - 1, classes in turn, one guidance scale."""
+
+    n: int
+    first_seed: int = 0
+    guidance: float = 1.0
+    batch: int = 128
+
+    def __post_init__(self) -> None:
+        if self.n < 2 or self.batch < 1 or self.first_seed < 0:
+            raise FastdiffError(f"a benchmark needs at least 2 images and a batch of 1; given {self.n} and {self.batch}")
+
+    def labels(self, denoiser: Denoiser) -> Tensor | None:
+        """(n,) class labels in turn for a class-conditional network of our own, else None."""
+        null = getattr(denoiser.network, "null_label", None)
+        return None if null is None else torch.arange(self.n) % null
+
+    def batches(self, denoiser: Denoiser) -> list[tuple[range, Denoiser]]:
+        """The seeds of each batch and the denoiser with that batch's conditioning and guidance."""
+        labels = self.labels(denoiser)
+        out = []
+        for start in range(0, self.n, self.batch):
+            stop = min(start + self.batch, self.n)
+            den = denoiser if labels is None else denoiser.bind(class_labels=labels[start:stop].to(denoiser.device))
+            if self.guidance != 1.0:
+                den = guide.cfg(den, self.guidance)
+            out.append((range(self.first_seed + start, self.first_seed + stop), den))
+        return out
+
+
+def cells(solvers: Sequence[str], grids: Sequence[str] | None, nfes: Sequence[int]) -> list[Cell]:
+    """Every solver at every NFE, on each grid given or on its recommended one."""
+    out = []
+    for name in solvers:
+        info = find(name)
+        for grid in grids or (info.grid,):
+            if grid not in GRIDS:
+                raise FastdiffError(f"unknown grid {grid!r}; allowed: {', '.join(GRIDS)}")
+            out += [Cell(info.name, grid, nfe) for nfe in nfes]
+    return list(dict.fromkeys(out))
+
+
+def quick_cells() -> list[Cell]:
+    """Five solvers at NFE 5, 8, 10, 20, and DDIM at 50."""
+    return [*cells(QUICK_SOLVERS, None, NFES), *cells(("ddim",), None, (50,))]
+
+
+def full_cells() -> list[Cell]:
+    """Every solver on its recommended grid and every grid with three solvers, at NFE 5, 8, 10, 20; DDIM at 50."""
+    grids = [g for g in GRIDS if g not in LEFT_OUT]
+    every = [*cells(list(list_solvers()), None, NFES), *cells(GRID_SOLVERS, grids, NFES), *cells(("ddim",), None, (50,))]
+    return list(dict.fromkeys(every))

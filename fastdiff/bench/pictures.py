@@ -1,0 +1,101 @@
+"""The pictures of a benchmark: the frontier (quality against NFE) and the samples, where the eye sees what breaks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import files
+from ..errors import FastdiffError
+
+MOST_LINES = 8  # more lines than that cannot be told apart
+MOST_BLOCKS = 5
+PIXELS = 56  # the side of one sample in the picture
+
+
+def need_matplotlib() -> None:
+    """Fails early, before anything is computed, where the pictures could not be drawn."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as e:
+        raise FastdiffError("the pictures need matplotlib and pillow: pip install 'fastdiff[plots]'") from e
+
+
+def lines(cells: list[dict[str, Any]], key: str) -> dict[str, list[tuple[int, float]]]:
+    """(network calls, value) of each line that has the figure, the best lines at the smallest common NFE first."""
+    out: dict[str, list[tuple[int, float]]] = {}
+    for row in sorted(cells, key=lambda r: r["nfe"]):
+        if row.get(key) is not None:
+            out.setdefault(row["line"], []).append((row["network_calls"], row[key]))
+    ranked = sorted(out, key=lambda name: float(np.mean([v for _, v in out[name][:2]])))
+    kept = ranked[:MOST_LINES]
+    if ddim := next((name for name in ranked if name.startswith("ddim · ")), None):
+        kept = [*kept[: MOST_LINES - 1], ddim] if ddim not in kept else kept
+    return {name: out[name] for name in kept}
+
+
+def frontier(record: dict[str, Any], path: Path) -> None:
+    """Paired error, and the distance to real data where a judge was there, against network calls."""
+    from matplotlib.figure import Figure
+
+    cells = record["cells"]
+    panels = [("rmse", "paired RMSE to the converged ODE")]
+    names = {"fid": "FID", "fd_clf": "FD-clf", "kid_clf": "KID-clf", "kid_inception": "KID-inception"}
+    panels += [(k, n) for k, n in names.items() if any(r.get(k) is not None for r in cells)][:1]
+    figure = Figure(figsize=(5.6 * len(panels), 4.6), layout="constrained")
+    colours: dict[str, str] = {}
+    for i, (key, title) in enumerate(panels):
+        axes = figure.add_subplot(1, len(panels), i + 1, xlabel="network calls per image", title=title)
+        axes.set(xscale="log", yscale="log")
+        for name, points in lines(cells, key).items():
+            colours.setdefault(name, f"C{len(colours) % 10}")
+            visible = [(c, v) for c, v in points if v > 0]  # an unbiased estimate can fall below 0
+            if visible:
+                axes.plot(*zip(*visible, strict=True), "o-", label=name, color=colours[name], markersize=4)
+        for row, label, style in ((record["converged"], "converged ODE", "--"), (record["anchor"] or {}, "real test data", ":")):
+            if row.get(key) is not None and row[key] > 0:
+                axes.axhline(row[key], color="0.4", linestyle=style, linewidth=1, label=label)
+        ticks = sorted({c["network_calls"] for c in cells})
+        axes.set_xticks(ticks, [str(t) for t in ticks], minor=False)
+        axes.minorticks_off()
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize=7)
+    with files.atomic(path) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")
+
+
+def samples(record: dict[str, Any], shots: dict[tuple[str, int], np.ndarray], path: Path) -> None:
+    """A row a seed, NFE across, a block a solver; the converged ODE on the right of all."""
+    from matplotlib.figure import Figure
+
+    order = list(lines(record["cells"], "rmse")) or sorted({row["line"] for row in record["cells"]})
+    first = [name for name in order if name.startswith("ddim · ")][:1]
+    chosen = first + [name for name in order if name not in first][: MOST_BLOCKS - len(first)]
+    columns = [(name, nfe) for name in chosen for nfe in sorted(n for line, n in shots if line == name)]
+    columns += [key for key in shots if key[0] == "converged ODE"]
+    rows = min(len(shots[key]) for key in columns)
+    gaps = [0.25 * (i > 0 and columns[i - 1][0] != name) for i, (name, _) in enumerate(columns)]
+    side = PIXELS / 100
+    width, height = side * (len(columns) + sum(gaps)), side * rows + 0.5
+    figure = Figure(figsize=(width, height))
+    x = 0.0
+    for (name, nfe), gap in zip(columns, gaps, strict=True):
+        x += gap * side
+        for r in range(rows):
+            axes = figure.add_axes((x / width, (rows - 1 - r) * side / height, side / width, side / height))
+            axes.imshow(_image(shots[(name, nfe)][r]), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            axes.set_axis_off()
+        figure.text((x + side / 2) / width, (rows * side + 0.06) / height, str(nfe), ha="center", fontsize=7)
+        if gap or x == 0.0:
+            title = "converged" if name == "converged ODE" else name.replace(" · ", "\n")
+            figure.text(x / width, (rows * side + 0.2) / height, title, fontsize=6.5, linespacing=0.95)
+        x += side
+    with files.atomic(path) as temporary:
+        figure.savefig(temporary, dpi=100, format="png")
+
+
+def _image(x: np.ndarray) -> np.ndarray:
+    """(C, H, W) -> what imshow takes: (H, W) for one channel, (H, W, 3) for three or more."""
+    return x[0] if len(x) == 1 else np.moveaxis(x[:3], 0, -1)

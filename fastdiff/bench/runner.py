@@ -1,0 +1,173 @@
+"""Runs the cells of a benchmark: each result is a file named by the hash of all that determines it, so nothing runs twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import files
+from ..denoiser import Denoiser
+from ..errors import FastdiffError
+from ..metrics import bootstrap, paired_bootstrap
+from ..noise import normal
+from ..plans import Plan
+from ..sampling import sample
+from ..solvers import plan
+from .cells import Cell, Setup
+from .converged import FIRST_STEPS, GRID, SOLVER, converge
+from .scoring import Scorer
+
+SHOWN = 8  # samples of each cell in the pictures
+PROBE = 256  # samples on which the convergence of the reference is measured
+Record = dict[str, Any]
+Progress = Callable[[str, int], None]  # what is running, evaluations done since the last call
+
+
+class Bench:
+    """A benchmark of one denoiser in one folder: `run`, then `records`, `converged` and `pictures` hold what it found."""
+
+    def __init__(self, denoiser: Denoiser, setup: Setup, out: Path, scorer: Scorer | None) -> None:
+        if denoiser.shape is None:
+            raise FastdiffError("a benchmark needs the shape of a sample: make the Denoiser with shape=")
+        self.denoiser, self.setup, self.out, self.scorer = denoiser, setup, out, scorer
+        self.shape = denoiser.shape
+        self.fingerprint = self._fingerprint()
+        self.records: list[Record] = []
+        self.converged: Record = {}
+        self.pictures: dict[tuple[str, int], np.ndarray] = {}  # (line, nfe) -> (SHOWN, C, H, W) uint8
+
+    def run(self, cells: Sequence[Cell], progress: Progress | None = None) -> list[Record]:
+        """Measures every cell that has no stored result, in order, then the reference; an interrupt keeps what is finished."""
+        found = [self._cell(cell, progress) for cell in cells]
+        solutions = [x for record, x in found if not record["stochastic"]]
+        reference = converge(lambda steps, n: self._reference(steps, n, progress)[1], self.setup.n, PROBE, solutions)
+        scored = self._reference(reference.steps, self.setup.n, None)[0]
+        self.converged = {**scored, "steps": reference.steps, "movement": reference.movement, "ok": reference.ok}
+        self.pictures[("converged ODE", reference.steps)] = self._picture(reference.x)
+        errors: dict[tuple[str, int], np.ndarray] = {}
+        for cell, (record, x) in zip(cells, found, strict=True):
+            self.pictures[(cell.line, cell.nfe)] = self._picture(x)
+            if not record["stochastic"]:
+                error = (x.float() - reference.x.float()).square().flatten(1).mean(dim=1).double().numpy()
+                errors[(cell.line, cell.nfe)] = error
+                record |= paired(error)
+            self.records.append(record)
+        compare(self.records, errors)
+        return self.records
+
+    def cost(self, cells: Sequence[Cell]) -> int:
+        """Evaluations (images x NFE) still to do, the reference counted as if its second doubling were enough."""
+        todo = self.setup.n * sum(cell.nfe for cell in cells if not self._path(self._key(cell)).exists())
+        probe = min(PROBE, self.setup.n)
+        doublings = {(FIRST_STEPS << k, probe) for k in range(3)} | {(FIRST_STEPS << 2, self.setup.n)}
+        for steps, n in doublings:
+            todo += 0 if self._path(self._reference_key(steps, n)).exists() else steps * n
+        return todo
+
+    def _cell(self, cell: Cell, progress: Progress | None) -> tuple[Record, Tensor]:
+        path = self._path(self._key(cell))
+        if not path.exists():
+            self._store(path, *self._measure(cell, progress))
+        return self._read(path)
+
+    def _reference(self, steps: int, n: int, progress: Progress | None) -> tuple[Record, Tensor]:
+        """The reference solver's endpoints of the first n seeds; scored where they are all of the setup's."""
+        path = self._path(self._reference_key(steps, n))
+        if not path.exists():
+            setup = replace(self.setup, n=n)
+            x, _ = self._sample(lambda den: plan(SOLVER, den, steps, grid=GRID), setup, f"converged ODE, {steps} steps", progress)
+            self._store(path, self._score(x) if n == self.setup.n else {}, x)
+        return self._read(path)
+
+    def _measure(self, cell: Cell, progress: Progress | None) -> tuple[Record, Tensor]:
+        table = cell.plan(self.denoiser)
+        start = time.perf_counter()
+        x, calls = self._sample(lambda den: table, self.setup, f"{cell.line} · {cell.nfe}", progress)
+        seconds = time.perf_counter() - start
+        record: Record = {
+            "solver": cell.solver, "grid": cell.grid, "line": cell.line, "nfe": cell.nfe, "network_calls": calls,
+            "order": table.order, "stochastic": table.stochastic, "ms_per_image": 1e3 * seconds / self.setup.n,
+        }  # fmt: skip
+        return record | self._score(x), x
+
+    def _sample(
+        self, make: Callable[[Denoiser], Plan], setup: Setup, what: str, progress: Progress | None
+    ) -> tuple[Tensor, int]:
+        """Samples of a setup, and the network calls of one image."""
+        out, calls = [], 0
+        for seeds, den in setup.batches(self.denoiser):
+            table = make(den)
+            out.append(sample(den, table, seeds=seeds).cpu())
+            calls = table.nfe * den.calls
+            if progress:
+                progress(what, table.nfe * len(seeds))
+        return torch.cat(out), calls
+
+    def _score(self, x: Tensor) -> Record:
+        if self.scorer is None:
+            return {}
+        return self.scorer.score(self.denoiser.images(x), self.setup.labels(self.denoiser))
+
+    # Files and hashes
+
+    def _fingerprint(self) -> str:
+        """What the denoiser does to one fixed input: tells two networks apart, a file's hash or none."""
+        den = next(iter(Setup(2, batch=2).batches(self.denoiser)))[1]
+        schedule = den.schedule
+        t = (schedule.t_min + schedule.t_max) / 2
+        x = normal([0, 1], 0, int(np.prod(self.shape))).view(2, *self.shape).to(den.device)
+        with torch.no_grad():
+            d = den(x * float(schedule.sigma(t)), t)
+        return hashlib.sha256(d.float().cpu().numpy().round(4).tobytes()).hexdigest()[:16]
+
+    def _hash(self, what: dict[str, Any]) -> str:
+        setup = {"n": self.setup.n, "first_seed": self.setup.first_seed, "guidance": self.setup.guidance}
+        scorer = self.scorer.name if self.scorer else None
+        everything = {**what, "setup": setup, "model": self.fingerprint, "hash": self.denoiser.hash, "scorer": scorer}
+        return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:20]
+
+    def _key(self, cell: Cell) -> str:
+        return self._hash({"line": cell.line, "plan": json.loads(cell.plan(self.denoiser).to_json())})
+
+    def _reference_key(self, steps: int, n: int) -> str:
+        return self._hash({"reference": [SOLVER, GRID, steps, n]})
+
+    def _path(self, key: str) -> Path:
+        return self.out / "cells" / f"{key}.npz"
+
+    def _store(self, path: Path, record: Record, x: Tensor) -> None:
+        # float16 rounds by 2e-4 of the data's range, a hundredth of the smallest errors, at half the disk space
+        with files.atomic(path) as temporary, open(temporary, "wb") as f:
+            np.savez(f, record=np.array(json.dumps(record)), x=x.half().numpy())
+
+    def _read(self, path: Path) -> tuple[Record, Tensor]:
+        with np.load(path, allow_pickle=False) as f:
+            return json.loads(str(f["record"])), torch.from_numpy(f["x"])
+
+    def _picture(self, x: Tensor) -> np.ndarray:
+        return (self.denoiser.images(x[:SHOWN]) * 255).round().to(torch.uint8).numpy()
+
+
+def paired(error: np.ndarray) -> Record:
+    """The RMSE of per-sample squared errors (n,), with its bootstrap interval over samples."""
+    found = bootstrap(lambda rows: float(np.sqrt(error[rows].mean())), len(error))
+    return {"rmse": found.value, "rmse_lo": found.lo, "rmse_hi": found.hi}
+
+
+def compare(records: list[Record], errors: dict[tuple[str, int], np.ndarray]) -> None:
+    """Adds to each deterministic record the paired difference of its squared errors to DDIM's at the same NFE."""
+    ddim = {nfe: error for (line, nfe), error in errors.items() if line == "ddim · uniform_t"}
+    for record in records:
+        mine, other = errors.get((record["line"], record["nfe"])), ddim.get(record["nfe"])
+        if mine is not None and other is not None and record["line"] != "ddim · uniform_t":
+            gain = paired_bootstrap(mine, other)
+            record |= {"mse_minus_ddim": gain.value, "mse_minus_ddim_lo": gain.lo, "mse_minus_ddim_hi": gain.hi}

@@ -1,0 +1,137 @@
+"""`fastdiff bench` and `fastdiff demo`: network calls against quality."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .console import console, progress_bar
+
+if TYPE_CHECKING:
+    from ..bench import Bench, Cell, Setup
+    from ..bench.scoring import Scorer
+    from ..denoiser import Denoiser
+
+Checkpoint = Annotated[str, typer.Argument(help="a checkpoint, a training run's folder, or the shipped model")]
+BEST = 3  # lines per NFE that the full preset measures again with 2,048 images
+
+
+def bench(
+    checkpoint: Checkpoint = "fashion-mnist",
+    preset: Annotated[str, typer.Option(help="quick (5 solvers, 128 images) or full (all, 256, 2,048 for the best)")] = "quick",
+    solvers: Annotated[str, typer.Option(help="comma-separated solvers instead of the preset's")] = "",
+    grids: Annotated[str, typer.Option(help="comma-separated grids for them; default: each one's recommended grid")] = "",
+    nfe: Annotated[str, typer.Option(help="comma-separated budgets for them")] = "5,8,10,20",
+    n: Annotated[int, typer.Option(help="images a cell; 0 = the preset's")] = 0,
+    guidance: Annotated[float, typer.Option(help="classifier-free guidance scale; 1 = none")] = 1.0,
+    plan: Annotated[list[Path] | None, typer.Option(help="a saved plan to measure too (may be given more than once)")] = None,
+    first_seed: Annotated[int, typer.Option(min=0)] = 0,
+    batch: Annotated[int, typer.Option(min=1)] = 128,
+    inception: Annotated[Path | None, typer.Option(help="FID's Inception weights (pt_inception-2015-12-05), with --data")] = None,
+    data: Annotated[Path | None, typer.Option(help="real images for --inception: .npz or a folder")] = None,
+    out: Annotated[Path, typer.Option(help="folder for results, pictures and report.html")] = Path("out/bench"),
+    resume: Annotated[bool, typer.Option(help="go on in a folder that holds results; finished cells are not run again")] = False,
+) -> None:
+    """Measure solvers, grids and budgets on a checkpoint; write a table, two pictures and a report."""
+    from ..bench import Setup, full_cells, quick_cells
+    from ..bench.cells import Cell, cells
+    from ..bench.pictures import need_matplotlib
+    from ..bench.scoring import InceptionScorer, scorer_for
+    from ..checkpoints import load
+    from ..errors import FastdiffError
+    from ..plans import Plan
+
+    need_matplotlib()
+    if preset not in ("quick", "full"):
+        raise FastdiffError(f"--preset must be quick or full; given {preset!r}")
+    if (inception is None) != (data is None):
+        raise FastdiffError("--inception and --data go together: FID compares with real images")
+    if (out / "cells").exists() and not resume:
+        raise FastdiffError(f"{out} holds results already: give --resume to go on there, or another --out")
+    if solvers or grids:
+        names = _names(solvers) or ["ddim", "dpmpp-2m", "unipc-3"]
+        chosen = cells(names, _names(grids) or None, _numbers(nfe))
+    else:
+        chosen = quick_cells() if preset == "quick" else full_cells()
+    for path in plan or ():
+        saved = Plan.load(path)
+        chosen.append(Cell(path.stem, "plan", saved.nfe, saved))
+    denoiser = load(checkpoint)
+    scorer = InceptionScorer(inception, data) if inception and data else scorer_for(denoiser)
+    setup = Setup(n or (128 if preset == "quick" else 256), first_seed, guidance, batch)
+    measured = measure(denoiser, chosen, setup, out, scorer)
+    if preset == "full" and not n:
+        console.print(f"\nthe best {BEST} of each NFE again, with 2,048 images")
+        again = Setup(2048, first_seed, guidance, batch)
+        measure(denoiser, best(measured, chosen), again, out / "n2048", scorer)
+
+
+def best(measured: Bench, chosen: list[Cell]) -> list[Cell]:
+    """The cells with the smallest paired error at each NFE, and DDIM beside them."""
+    from ..bench.tables import ordered
+
+    ranked = [(r["line"], r["nfe"]) for r in ordered(measured.records)]
+    kept = {key for nfe in {k[1] for k in ranked} for key in [k for k in ranked if k[1] == nfe][:BEST]}
+    return [c for c in chosen if (c.line, c.nfe) in kept or (c.line == "ddim · uniform_t" and c.nfe <= 20)]
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="folder for the results")] = Path("out/demo"),
+) -> None:
+    """The main job on the shipped model: five solvers at 5 to 20 network calls, DDIM at 50, in a few minutes."""
+    from ..bench import Setup, quick_cells
+    from ..bench.scoring import scorer_for
+    from ..checkpoints import load
+
+    denoiser = load("fashion-mnist")
+    console.print("the shipped model: class-conditional Fashion-MNIST, 28x28; the same noise for every solver")
+    measure(denoiser, quick_cells(), Setup(128), out, scorer_for(denoiser))
+
+
+def measure(denoiser: Denoiser, cells: list[Cell], setup: Setup, out: Path, scorer: Scorer | None) -> Bench:
+    """Runs the cells with a progress bar and writes everything; what is finished when interrupted is kept."""
+    from ..bench import Bench, pictures, report, results
+    from ..bench.tables import table
+
+    run = Bench(denoiser, setup, out, scorer)
+    total = run.cost(cells)
+    with progress_bar() as bar:
+        task = bar.add_task("benchmark", total=total)
+        done = 0
+
+        def show(what: str, evaluations: int) -> None:
+            nonlocal done, total
+            done += evaluations
+            total = max(total, done)  # the converged ODE may need more steps than were counted
+            bar.update(task, completed=done, total=total, description=what)
+
+        run.run(cells, show)
+        bar.update(task, completed=total, description="benchmark")
+    record = results.collect(run)
+    results.write(record, out)
+    pictures.frontier(record, out / "frontier.png")
+    pictures.samples(record, run.pictures, out / "samples.png")
+    report.write(record, out)
+    console.print(table(record))
+    if not record["converged"]["ok"]:
+        console.print("the converged ODE is too coarse for the smallest errors above: read them as upper bounds", style="yellow")
+    console.print(f"\n{out / 'report.html'} has the pictures; {out / 'frontier.png'} and {out / 'samples.png'} are them alone")
+    return run
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _numbers(text: str) -> list[int]:
+    from ..errors import FastdiffError
+
+    try:
+        return [int(part) for part in _names(text)]
+    except ValueError as e:
+        raise FastdiffError(f"--nfe takes whole numbers separated by commas; given {text!r}") from e
+
+
+__all__ = ["bench", "best", "demo", "measure"]
