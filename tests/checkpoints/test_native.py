@@ -149,13 +149,19 @@ def test_shipped_models_are_tied_to_their_hash(tmp_path, monkeypatch):
         fd.load("toy")
 
 
-def test_saving_is_whole_or_not_at_all(tmp_path):
+def test_saving_is_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tiny.checkpoint(tmp_path / "a.safetensors")
     before = path.read_bytes()
     with pytest.raises(TypeError):
         native.save(path, tiny.network().state_dict(), {"network": object()})
-    with pytest.raises(ValueError, match="sparse"):
-        native.save(path, {"bad": torch.zeros(2).to_sparse()}, tiny.description())
+
+    def full(weights, temporary, metadata):
+        temporary.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(native, "save_file", full)
+    with pytest.raises(FastdiffError, match="No space left"):
+        native.save(path, tiny.network().state_dict(), tiny.description())
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 
 
