@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import FastdiffError, NonFiniteError
-from .noise import NoiseSource, from_seeds
+from .noise import NoiseSource, check_seeds, from_seeds
 from .plans import Plan
 
 DenoiserLike = Callable[[Tensor, Any], Tensor]
@@ -60,6 +60,7 @@ def begin(
     start: Tensor | None, dtype: torch.dtype, device: torch.device | str | None,
 ) -> tuple[Tensor, NoiseSource | None]:  # fmt: skip
     """The starting state and the source of the plan's draws, from what the caller gave."""
+    seeds = None if seeds is None else check_seeds(seeds)
     tensor, given_source = (noise, None) if isinstance(noise, Tensor) else (None, noise)
     if given_source is not None and seeds is not None:
         raise FastdiffError("give seeds= or a noise source, not both")
@@ -78,6 +79,8 @@ def begin(
     assert given is not None
     if shape is not None and tuple(given.shape[1:]) != tuple(shape):
         raise FastdiffError(f"a batch of shape (B, {', '.join(map(str, shape))}) is wanted; given {tuple(given.shape)}")
+    if seeds is not None and len(seeds) != len(given):
+        raise FastdiffError(f"{len(seeds)} seeds for a batch of {len(given)}: give one seed a sample")
     if not given.is_floating_point():
         raise FastdiffError(f"noise and start must be floating point; given {given.dtype}")
     given = given.to(device=device, dtype=dtype)
@@ -144,10 +147,15 @@ def _explain(denoiser: DenoiserLike, plan: Plan, state: Tensor, source: NoiseSou
     """Runs again, looking at every prediction, to say where the first NaN or infinity came from."""
     if not bool(state.isfinite().all()):
         raise NonFiniteError("the start holds NaN or infinity")
-    row = 0
+    row, overflow = 0, f"plan {plan.name} overflowed {state.dtype}, every prediction being finite: use a wider dtype="
+
+    def after(i: int, y: Tensor) -> None:
+        nonlocal row
+        row = i + 1
+        if not bool(y.isfinite().all()):
+            raise NonFiniteError(overflow)
 
     def watched(y: Tensor, t: float) -> Tensor:
-        nonlocal row
         d = denoiser(y, t)
         bad = ~d.isfinite().flatten(1).all(dim=1)
         if bool(bad.any()):
@@ -155,8 +163,7 @@ def _explain(denoiser: DenoiserLike, plan: Plan, state: Tensor, source: NoiseSou
                 f"the network returned NaN or infinity at row {row} of {len(plan.rows)} (t = {t:g}) for {int(bad.sum())} of "
                 f"{len(bad)} samples, from a finite input; check its precision and its conditioning"
             )
-        row += 1
         return d
 
-    run(watched, plan, state, source)
-    raise NonFiniteError(f"plan {plan.name} overflowed {state.dtype}, every prediction being finite: use a wider dtype=")
+    run(watched, plan, state, source, after)
+    raise NonFiniteError(overflow)
