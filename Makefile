@@ -36,7 +36,7 @@ bench: $(STAMP)  ## pytest-benchmark suites
 	$(BIN)/python -m pytest -q benches
 
 artefacts: $(STAMP)  ## the measured tables and figures of the README, made anew
-	$(BIN)/python -m fastdiff.bench.artefacts
+	$(BIN)/python -m fastdiff.cli.artefacts
 
 clean:  ## everything that can be made again
 	rm -rf $(VENV) build dist *.egg-info out .benchmarks .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -16,9 +16,9 @@ from ..plans import Plan
 from ..solvers import list_solvers, plan
 from ..solvers.registry import find
 
-QUICK_SOLVERS = ("ddim", "heun", "dpmpp-2m", "dpmpp-3m", "unipc-3")
+QUICK_SOLVERS = ("ddim", "dpmpp-2m", "dpmpp-3m", "unipc-2", "ipndm-3")
 NFES = (5, 8, 10, 20)
-GRID_SOLVERS = ("ddim", "dpmpp-2m", "unipc-3")
+GRID_SOLVERS = ("ddim", "unipc-2", "ipndm-3")
 LEFT_OUT = {"flow_shift", "exponential", "polyexponential"}  # wants a number of tokens; both uniform_lambda by default
 
 

@@ -24,7 +24,8 @@ from .unipc import build_unipc
 @dataclass(frozen=True)
 class SolverInfo:
     """What `fastdiff solvers` lists. `order` is the one reached with the default start; `nfe_per_step` the calls of a full
-    step, `inner_points` whether they lie inside it, at log-SNRs of their own; `grid` the recommended grid."""
+    step, `inner_points` whether they lie inside it, at log-SNRs of their own; `grid` the recommended grid
+    (measured on the shipped model; `recommended_grid` says what it is for a schedule whose time is sigma itself)."""
 
     name: str
     build: Callable[..., Plan] = field(repr=False)
@@ -58,21 +59,22 @@ _SOLVERS = [
     _entry("euler-ancestral", build_euler_ancestral, 1, "k-diffusion", stochastic=True,
            aliases=("euler_a", "EulerAncestralDiscreteScheduler")),
     _entry("heun", build_heun, 2, "Karras et al. 2022, alg. 1", nfe_per_step=2, aliases=("edm", "HeunDiscreteScheduler")),
-    _entry("dpmpp-2m", build_multistep, 2, "Lu et al. 2022b", bind={"order": 2, "published": False},
+    _entry("dpmpp-2m", build_multistep, 2, "Lu et al. 2022b", bind={"order": 2, "published": False}, grid="uniform_lambda",
            aliases=("dpm++2m", "dpmpp_2m")),
-    _entry("dpmpp-3m", build_multistep, 2, "Lu et al. 2022b, corrected", bind={"order": 3, "published": False},
+    _entry("dpmpp-3m", build_multistep, 2, "Lu et al. 2022b, corrected", bind={"order": 3, "published": False}, grid="uniform_t",
            aliases=("dpm++3m", "dpmpp_3m")),
-    _entry("dpmpp-3m-compat", build_multistep, 2, "Lu et al. 2022b, as published", bind={"order": 3, "published": True}),
+    _entry("dpmpp-3m-compat", build_multistep, 2, "Lu et al. 2022b, as published", bind={"order": 3, "published": True},
+           grid="uniform_t"),
     _entry("dpmpp-2s", build_singlestep, 2, "Lu et al. 2022b", bind={"order": 2}, nfe_per_step=2, inner_points=True,
-           aliases=("dpm++2s", "dpmpp_2s")),
+           grid="uniform_lambda", aliases=("dpm++2s", "dpmpp_2s")),
     _entry("dpmpp-3s", build_singlestep, 3, "Lu et al. 2022b", bind={"order": 3}, nfe_per_step=3, inner_points=True,
-           aliases=("dpm++3s", "dpmpp_3s")),
-    *(_entry(f"unipc-{k}", build_unipc, min(k + 1, 3), "Zhao et al. 2023", bind={"order": k},
+           grid="uniform_lambda", aliases=("dpm++3s", "dpmpp_3s")),
+    *(_entry(f"unipc-{k}", build_unipc, min(k + 1, 3), "Zhao et al. 2023", bind={"order": k}, grid="uniform_t",
              aliases=("unipc",) if k == 2 else ())
       for k in (1, 2, 3)),
-    *(_entry(f"lms-{k}", build_lms, min(k, 2), "k-diffusion", bind={"order": k}, aliases=("lms",) if k == 4 else ())
+    *(_entry(f"lms-{k}", build_lms, min(k, 2), "k-diffusion", bind={"order": k}, grid="beta", aliases=("lms",) if k == 4 else ())
       for k in (1, 2, 3, 4)),
-    *(_entry(f"ipndm-{k}", build_ipndm, min(k, 2), "Zhang and Chen 2022", bind={"order": k},
+    *(_entry(f"ipndm-{k}", build_ipndm, min(k, 2), "Zhang and Chen 2022", bind={"order": k}, grid="beta",
              aliases=("ipndm",) if k == 4 else ()) for k in (1, 2, 3, 4)),
 ]  # fmt: skip
 _BY_NAME = {name: info for info in _SOLVERS for name in (info.name, *info.aliases)}
@@ -133,8 +135,14 @@ def plan(
         )
     clean = grid.ends_clean if isinstance(grid, grids.Grid) else end == "zero"
     counts = _counts(info, nfe, steps, _starts_at_full_noise(noise_schedule, grid), clean)
-    made = grids.make(grid if grid is not None else info.grid, noise_schedule, len(counts), end, **(grid_options or {}))
+    chosen = grid if grid is not None else recommended_grid(info, noise_schedule)
+    made = grids.make(chosen, noise_schedule, len(counts), end, **(grid_options or {}))
     return info.build(noise_schedule, made, **({"counts": counts} if info.nfe_per_step > 1 else {}), **options)
+
+
+def recommended_grid(info: SolverInfo, schedule: NoiseSchedule) -> str:
+    """The solver's own grid, but karras where time is sigma itself: uniform in time means nothing there."""
+    return "karras" if schedule.name in ("ve", "edm") else info.grid
 
 
 def _starts_at_full_noise(schedule: NoiseSchedule, grid: str | Sequence[float] | grids.Grid | None) -> bool:
