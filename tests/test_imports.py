@@ -16,9 +16,10 @@ HEAVY = ("triton", "onnx", "onnxruntime", "diffusers", "matplotlib", "PIL", "skl
 
 # From the bottom up: a part imports its own layer and those above it in this list. A new part goes where it belongs.
 LAYERS = [
-    {"errors"}, {"files"}, {"schedule"}, {"prediction", "grid", "coeffs"}, {"plans"}, {"solvers"}, {"kernels"}, {"ops"},
+    {"errors"}, {"files"}, {"shipped"}, {"schedule"}, {"prediction", "grid", "coeffs"},
+    {"plans"}, {"solvers"}, {"kernels"}, {"ops"},
     {"noise", "denoiser"}, {"guide", "sampling"}, {"adaptive", "models", "graph", "patching"}, {"checkpoints"},
-    {"metrics"}, {"training", "tasks", "distill", "tuning", "compat"}, {"bench"}, {"export"}, {"cli"},
+    {"metrics"}, {"training", "tasks", "distill", "tuning", "compat"}, {"bench"}, {"export"}, {"cli"}, {"__main__"},
 ]  # fmt: skip
 RANK = {part: i for i, layer in enumerate(LAYERS) for part in layer}
 UPWARD = {("checkpoints.onnx", "export")}  # an exported engine is a checkpoint too; imported lazily

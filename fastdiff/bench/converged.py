@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..denoiser import Denoiser
 from ..errors import CheckpointError
-from ..metrics.hashes import FASHION_MNIST, read_verified
+from ..shipped import FASHION_MNIST, read_verified
 
 SOLVER, GRID = "dpmpp-3m", "uniform_lambda"
 FIRST_STEPS, MOST_STEPS = 40, 640

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from ..denoiser import Denoiser
 from ..errors import CheckpointError
+from ..shipped import SHIPPED, shipped_path
 from . import native
-from .shipped import SHIPPED, shipped_path
 
 __all__ = ["SHIPPED", "load", "shipped_path"]
 

@@ -28,8 +28,8 @@ from ..bench.runner import PAIRED
 from ..bench.scoring import JudgeScorer
 from ..checkpoints import load, native
 from ..denoiser import Denoiser
-from ..metrics.hashes import FASHION_MNIST, write_hashed
 from ..sampling import sample
+from ..shipped import FASHION_MNIST, write_hashed
 from ..solvers import plan
 from .bench import BEST, best, measure
 from .console import console, progress_bar

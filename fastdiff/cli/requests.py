@@ -54,7 +54,7 @@ def _once(values: list[int], option: str) -> list[int]:
 
 def class_names(denoiser: Denoiser, checkpoint: str) -> tuple[str, ...]:
     """The checkpoint's class names, or numbers where it has none; empty for an unconditional network."""
-    from ..checkpoints.shipped import CLASS_NAMES
+    from ..shipped import CLASS_NAMES
 
     config = getattr(denoiser.network, "config", None)
     rows = getattr(config, "num_classes", None) or 0

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.errors import CheckpointError, FastdiffError
-from fastdiff.metrics.hashes import FASHION_MNIST, read_verified
+from fastdiff.shipped import FASHION_MNIST, read_verified
 
 FEATURES = 48  # few enough that a 2,048-sample covariance is well conditioned and 20,000 rows fit the package
 CLASSES = 10

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastdiff.errors import CheckpointError
-from fastdiff.metrics.hashes import FASHION_MNIST, read_verified
 from fastdiff.metrics.judge import CLASSES, FEATURES
+from fastdiff.shipped import FASHION_MNIST, read_verified
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastdiff.errors import FastdiffError
-from fastdiff.metrics.hashes import write_hashed
 from fastdiff.metrics.judge import CLASSES, Judge, JudgeNet
+from fastdiff.shipped import write_hashed
 
 BATCH = 128
 PEAK_LR = 0.15

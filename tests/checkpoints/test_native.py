@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 import fastdiff as fd
-from fastdiff.checkpoints import native, shipped
+from fastdiff import shipped
+from fastdiff.checkpoints import native
 from fastdiff.errors import CheckpointError, FastdiffError
 from fastdiff.files import sha256
 
@@ -139,10 +140,10 @@ def test_shipped_models_are_tied_to_their_hash(tmp_path, monkeypatch):
     data[-1] ^= 1  # one bit of one weight: still a readable file
     path.write_bytes(data)
     fd.load(path)
-    with pytest.raises(CheckpointError, match="not the file that was released"):
+    with pytest.raises(CheckpointError, match="damaged or was changed"):
         fd.load("toy")
     (tmp_path / "hashes.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"hashes\.json is damaged"):
+    with pytest.raises(CheckpointError, match=r"cannot read .*hashes\.json"):
         fd.load("toy")
     path.unlink()
     with pytest.raises(CheckpointError, match="reinstall"):

@@ -13,9 +13,9 @@ import torch
 from fastdiff.errors import CheckpointError, FastdiffError
 from fastdiff.metrics import floors, load_inception, load_judge, load_reference, require_same_n, score
 from fastdiff.metrics.distances import frechet_distance, kid, sliced_wasserstein
-from fastdiff.metrics.hashes import FASHION_MNIST, read_verified, write_hashed
 from fastdiff.metrics.inception import Inception, InceptionNet, _Mixed
 from fastdiff.metrics.train_judge import _augment, _balanced_order, train_judge
+from fastdiff.shipped import FASHION_MNIST, read_verified, write_hashed
 
 
 @pytest.fixture(scope="module")
