@@ -114,7 +114,7 @@ class Denoiser:
             c_noise = float(self.time(t))
         elif self.prediction == "edm":
             if alpha == 0.0 or sigma == 0.0:
-                raise FastdiffError(f'prediction="edm" is told log(sigma/alpha)/4, not finite at t = {t:g}: give time=, or stay inside')
+                raise FastdiffError(f'prediction="edm" is told log(sigma/alpha)/4, which is infinite at t = {t:g}: give time=')
             c_noise = math.log(sigma / alpha) / 4
         else:
             c_noise = float(t)

@@ -143,6 +143,11 @@ class VPLinear(_VP):
     def log_alpha(self, t: Time) -> Time:
         return -0.25 * t**2 * (self.beta_max - self.beta_min) - 0.5 * t * self.beta_min
 
+    def t_of_lam(self, lam: Time) -> Time:
+        xp = namespace(lam)
+        fall = 0.5 * xp.log1p(xp.exp(-2 * lam))  # -log alpha, a quadratic in t
+        return 2 * fall / (0.5 * self.beta_min + xp.sqrt(0.25 * self.beta_min**2 + (self.beta_max - self.beta_min) * fall))
+
 
 @dataclass(frozen=True)
 class VPScaledLinear(_VP):
@@ -481,6 +486,13 @@ class ZeroTerminalSNR(NoiseSchedule):
     def sigma(self, t: Time) -> Time:
         alpha = self.alpha(t)
         return namespace(t).sqrt((1 - alpha) * (1 + alpha))
+
+    def t_of_lam(self, lam: Time) -> Time:
+        base: NoiseSchedule = self._base  # type: ignore[attr-defined]
+        xp = namespace(lam)
+        first, last = float(base.alpha(base.t_min)), float(base.alpha(base.t_max))
+        alpha = last + (1 - last / first) / xp.sqrt(1 + xp.exp(-2 * lam))  # the base's alpha at the time sought
+        return base.t_of_lam(xp.log(alpha) - 0.5 * xp.log((1 - alpha) * (1 + alpha)))
 
     @property
     def t_min(self) -> float:

@@ -68,6 +68,8 @@ def test_time_of_log_snr_inverts(schedule):
     t = times(schedule)[:-1]  # lam is -inf at the last time of some
     back = schedule.t_of_lam(schedule.lam(t))
     np.testing.assert_allclose(back, t, rtol=0, atol=1e-9 * schedule.t_max)
+    bisected = sch.NoiseSchedule.t_of_lam(schedule, schedule.lam(t))
+    np.testing.assert_allclose(back, bisected, rtol=0, atol=1e-9 * schedule.t_max)
     one = schedule.t_of_lam(float(schedule.lam(t[100])))
     assert isinstance(one, float) and abs(one - t[100]) < 1e-9 * schedule.t_max
     torch.testing.assert_close(schedule.t_of_lam(torch.from_numpy(schedule.lam(t))), torch.from_numpy(back), rtol=0,

@@ -31,7 +31,7 @@ class Churn:
         ceiling = math.exp(-float(schedule.lam(schedule.t_max))) if float(schedule.alpha(schedule.t_max)) else math.inf
         for i, node in enumerate(grid.nodes[:-1]):
             u = min(node.u * (1 + gamma), ceiling)  # never above what the network was trained at
-            if s_tmin <= node.u <= s_tmax and node.u < u < math.inf:
+            if s_tmin <= node.u <= s_tmax and node.u * (1 + 1e-9) < u < math.inf:  # less is the rounding of the ceiling
                 self.raised[i] = node_at_lam(schedule, -math.log(u))
 
     def level(self, i: int) -> Node:
