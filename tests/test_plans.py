@@ -72,7 +72,9 @@ def test_random_grids_pass_too(variant, schedule, end, gaps):
     plan = fd.plan(variant[0], s, steps=steps, grid=times, end=end, **variant[1])
     moments = plan.moments()
     assert len(moments) == len(plan.rows) + 1 and all(math.isfinite(v) for m in moments for v in m)
-    assert all(rounding < 1e-9 * max(1.0, plan.start[1]) for _, _, rounding in moments)  # the check has teeth
+    # the check has teeth: what it forgives as rounding stays small. On eps, terms grow as 1/alpha and with fixed weights
+    forgiven = (1e-7 if variant[0].startswith(("lms", "ipndm")) else 1e-10) * max(1.0, plan.start[1])
+    assert all(rounding < forgiven for _, _, rounding in moments)
 
 
 MODERATE = {
