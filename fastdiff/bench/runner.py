@@ -28,7 +28,7 @@ from .scoring import Scorer
 
 SHOWN = 8  # samples of each cell in the pictures
 PAIRED = 256  # samples that the paired error is measured on; more would change its interval, not its meaning
-ANCHOR_STEPS = 80  # of the converged ODE's scores where n > PAIRED: its distribution no longer changes there
+ANCHOR_STEPS = 40  # of the converged ODE's scores where n > PAIRED: its distribution no longer changes there
 Record = dict[str, Any]
 Progress = Callable[[str, int], None]  # what is running, evaluations done since the last call
 
@@ -88,7 +88,7 @@ class Bench:
         return shipped(self.denoiser, count) if plain else None
 
     def _anchor(self, reference: Converged, progress: Progress | None) -> Record:
-        """The scores of the solved equation at the table's n: the endpoints themselves, or as many at 80 steps."""
+        """The scores of the solved equation at the table's n: the endpoints themselves, or as many at `ANCHOR_STEPS`."""
         if self.scorer is None:
             return {}
         if len(reference.x) == self.setup.n:
