@@ -24,12 +24,22 @@ from .sampling import begin
 ORDER = 3
 
 
-class Adaptive(NamedTuple):
-    """What `sample_adaptive` returns: samples (B, *shape), evaluations of each (B,), and which ran out of them (B,)."""
-
+class _Pair(NamedTuple):
     x: Tensor
     nfe: Tensor
+
+
+class Adaptive(_Pair):
+    """What `sample_adaptive` returns: the pair of samples x (B, *shape) and evaluations of each, nfe (B,); and beside the
+    pair, as an attribute, `unfinished` (B,): which ran out of evaluations."""
+
     unfinished: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, nfe: Tensor, unfinished: Tensor) -> Adaptive:
+        result = cls(x, nfe)
+        result.unfinished = unfinished
+        return result
 
 
 @dataclass(frozen=True)
@@ -83,7 +93,7 @@ def sample_adaptive(
     if bool(run.unfinished.any()):
         count = f"{int(run.unfinished.sum())} of {len(run.unfinished)}"
         warnings.warn(f"{count} samples reached max_nfe = {max_nfe} before the end; they are flagged", UserWarning, stacklevel=2)
-    return Adaptive(run.out, run.nfe, run.unfinished)
+    return Adaptive.of(run.out, run.nfe, run.unfinished)
 
 
 class _Run:

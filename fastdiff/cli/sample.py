@@ -160,11 +160,11 @@ def _adaptive(rtol: float | None, atol: float | None) -> Method:
     def run(denoiser: Denoiser, seeds: list[int]) -> tuple[Tensor, list[int]]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # said once, below, in the command's own words
-            x, nfe, unfinished = sample_adaptive(denoiser, seeds=seeds, rtol=control.rtol, atol=control.atol)
-        if bool(unfinished.any()):
-            tired = [seed for seed, flag in zip(seeds, unfinished.tolist(), strict=True) if flag]
+            found = sample_adaptive(denoiser, seeds=seeds, rtol=control.rtol, atol=control.atol)
+        if bool(found.unfinished.any()):
+            tired = [seed for seed, flag in zip(seeds, found.unfinished.tolist(), strict=True) if flag]
             say(f"seeds {tired} reached {control.max_nfe} evaluations before the end: raise --rtol or --atol")
-        return x, [n * denoiser.calls for n in nfe.tolist()]
+        return found.x, [n * denoiser.calls for n in found.nfe.tolist()]
 
     return Method(f"adaptive, rtol {control.rtol:g}, atol {control.atol:g}", run)
 

@@ -1,0 +1,107 @@
+"""Everything that was made from the shipped checkpoint says so by its hash: replacing one without the others fails here."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import fastdiff as fd
+from fastdiff.bench import converged
+from fastdiff.bench.converged import rmse
+from fastdiff.cli import artefacts
+from fastdiff.metrics import load_judge
+from fastdiff.shipped import FASHION_MNIST, read_verified
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORDS = ROOT / "benches" / "results"
+
+
+@pytest.fixture(scope="module")
+def den():
+    return fd.load("fashion-mnist")
+
+
+def records():
+    return sorted(p for p in RECORDS.glob("*/results.json"))
+
+
+def test_all_shipped_files_have_the_hash_that_is_recorded():
+    table = json.loads((FASHION_MNIST / "hashes.json").read_text())
+    for name in table:
+        read_verified(FASHION_MNIST / name)
+    listed = {p.name for p in FASHION_MNIST.iterdir()} - {"hashes.json", "README.md", "LICENSE-fashion-mnist.txt"}
+    assert set(table) == listed
+
+
+def test_no_shipped_weights_exceed_eight_megabytes():
+    assert all(p.stat().st_size <= 8e6 for p in FASHION_MNIST.iterdir())
+
+
+def test_there_are_records():
+    assert {"quick", "full"} <= {p.parent.name for p in records()}
+
+
+@pytest.mark.parametrize("path", records(), ids=lambda p: p.parent.name)
+def test_benchmark_records_belong_to_the_shipped_checkpoint(path, den):
+    record = json.loads(path.read_text())
+    assert record["checkpoint"]["sha256"] == den.hash
+    assert record["setup"]["scorer"] == "judge:fashion-mnist"
+    assert record["converged"]["ok"]
+    assert {row["n"] for row in (record["anchor"], record["converged"], *record["cells"])} == {record["setup"]["n"]}
+
+
+def test_quality_record_and_model_card_belong_to_it(den):
+    record = json.loads((RECORDS / "quality.json").read_text())
+    assert record["checkpoint"] == den.hash
+    text = (FASHION_MNIST / "README.md").read_text()
+    assert den.hash in text
+    for row in record["rows"]:
+        assert f"{row['class_accuracy']:.1%}" in text and f"{row['fd_clf']:.3f}" in text
+
+
+def test_the_model_card_is_what_the_records_say(den, tmp_path, monkeypatch):
+    monkeypatch.setattr(artefacts, "FASHION_MNIST", tmp_path)
+    artefacts.card(den, RECORDS)
+    assert (tmp_path / "README.md").read_text() == (FASHION_MNIST / "README.md").read_text()
+
+
+def test_stored_endpoints_are_those_of_the_shipped_model(den):
+    stored = converged.shipped(den, 4)
+    assert stored is not None
+    bound = den.bind(class_labels=torch.arange(4))
+    x = fd.sample(bound, fd.plan("dpmpp-3m", bound, 80, grid="uniform_lambda"), seeds=range(4))
+    # 80 steps are nearly converged: far from other seeds' endpoints, near their own
+    assert rmse(x, stored.x) < 0.02 < 0.2 < rmse(x.roll(1, 0), stored.x)
+    assert converged.shipped(den, 100_000) is None
+
+
+def test_the_shipped_model_makes_what_it_is_asked_for(den):
+    """The bar of the model card on 100 seeds: with guidance 2 the judge finds the class in at least 85 of 100."""
+    labels = torch.arange(100) % 10
+    guided = fd.guide.cfg(den.bind(class_labels=labels), 2.0)
+    x = fd.sample(guided, fd.plan("ipndm-3", guided, 10), seeds=range(100))
+    found = load_judge()(x.clamp(-1, 1)).logits.argmax(dim=1)
+    assert float((found == labels).float().mean()) >= 0.85
+
+
+def test_figures_in_the_readme_are_in_the_records():
+    """Every table row of the README's figures names a solver and a paired error that the full record holds."""
+    text = (ROOT / "README.md").read_text()
+    block = text.split("<!-- figures -->")[1].split("<!-- end of figures -->")[0]
+    record = json.loads((RECORDS / "full" / "results.json").read_text())
+    values = {(r["line"], str(r["nfe"])): r for r in record["cells"]}
+    rows = re.findall(r"^\| `([^`]+)` \|(.*)\|$", block, re.M)
+    assert len(rows) >= 3
+    for line, cells in rows:
+        for nfe, cell in zip(("5", "8", "10", "20"), cells.split("|"), strict=True):
+            assert f"{values[(line, nfe)]['rmse']:.3f}" == cell.strip()
+
+
+def test_higher_order_beats_ddim_at_ten_calls_outside_the_interval():
+    record = json.loads((RECORDS / "full" / "results.json").read_text())
+    rows = {r["line"]: r for r in record["cells"] if r["nfe"] == 10}
+    better = [line for line, r in rows.items() if r.get("mse_minus_ddim_hi", np.inf) < 0]
+    assert {"dpmpp-2m · uniform_lambda", "unipc-2 · uniform_t", "ipndm-3 · beta"} <= set(better)
