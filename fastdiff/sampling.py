@@ -114,6 +114,7 @@ def run(
         d = denoiser(y, step.t) if step.call else None
         for register, p, q in step.stores:
             registers[register] = d if p == 0.0 and q == 1.0 else _pair(y, p, d, q)
+        del d  # what no later row reads is gone before the next call
         if step.draw is not None:
             registers[step.draw] = draw()
         y = _sum(registers, step.next)

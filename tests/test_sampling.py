@@ -212,19 +212,19 @@ def test_the_guard_itself_works():
 
 @plans
 def test_dead_history_is_dropped(name, options):
-    """The tensors alive between rows stay within the plan's registers, the point and the start."""
+    """When the network is called, no prediction is alive but those that a later row reads."""
     plan, alive, most = make(name, options, nfe=12), [], 0
 
     def network(x, t):
         nonlocal most
+        most = max(most, sum(r() is not None for r in alive))
         out = torch.tanh(x)
         alive.append(weakref.ref(out))
-        most = max(most, sum(r() is not None for r in alive))
         return out
 
     noise = torch.randn(2, *SHAPE)
     fd.sample(network, plan, noise, seeds=range(2))
-    assert most <= plan.registers
+    assert most <= plan.registers - 2  # the base and the new prediction have registers too
 
 
 # ---- mistakes
