@@ -16,14 +16,14 @@ from PIL import Image
 import fastdiff as fd
 from fastdiff.errors import FastdiffError
 from fastdiff.prediction import PREDICTIONS
-from fastdiff.schedule import _FAMILIES
+from fastdiff.schedule import FAMILIES
 from fastdiff.training.data import batch_indices, load_images
 from fastdiff.training.losses import sample_times, weights
 from fastdiff.training.trainer import TrainConfig, Trainer
 
 NETWORK = {"model_channels": 32, "channel_mult": [1], "num_res_blocks": 1, "attention": [], "head_channels": 32}
 SCHEDULES = {
-    **{name: {"name": name} for name in _FAMILIES},
+    **{name: {"name": name} for name in FAMILIES},
     "vp_from_alphas_cumprod": {"name": "vp_from_alphas_cumprod", "alphas_cumprod": [0.99, 0.9, 0.6, 0.2, 0.01]},
     "shifted": {"name": "shifted", "base": {"name": "flow"}, "shift": 3.0},
     "zero_terminal_snr": {"name": "zero_terminal_snr", "base": {"name": "vp_linear"}},
