@@ -48,14 +48,14 @@ def frontier(record: dict[str, Any], path: Path) -> None:
     colours: dict[str, str] = {}
     for i, (key, title) in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), i + 1, xlabel="network calls per image", title=title)
-        axes.set(xscale="log", yscale="log")
-        for name, points in lines(cells, key).items():
+        drawn = lines(cells, key)
+        positive = all(v > 0 for points in drawn.values() for _, v in points)  # an unbiased estimate can fall below 0
+        axes.set(xscale="log", yscale="log" if positive else "linear")
+        for name, points in drawn.items():
             colours.setdefault(name, f"C{len(colours) % 10}")
-            visible = [(c, v) for c, v in points if v > 0]  # an unbiased estimate can fall below 0
-            if visible:
-                axes.plot(*zip(*visible, strict=True), "o-", label=name, color=colours[name], markersize=4)
+            axes.plot(*zip(*points, strict=True), "o-", label=name, color=colours[name], markersize=4)
         for row, label, style in ((record["converged"], "converged ODE", "--"), (record["anchor"] or {}, "real test data", ":")):
-            if row.get(key) is not None and row[key] > 0:
+            if row.get(key) is not None and (row[key] > 0 or not positive):
                 axes.axhline(row[key], color="0.4", linestyle=style, linewidth=1, label=label)
         ticks = sorted({c["network_calls"] for c in cells})
         axes.set_xticks(ticks, [str(t) for t in ticks], minor=False)
@@ -78,7 +78,7 @@ def samples(record: dict[str, Any], shots: dict[tuple[str, int], np.ndarray], pa
     rows = min(len(shots[key]) for key in columns)
     gaps = [0.25 * (i > 0 and columns[i - 1][0] != name) for i, (name, _) in enumerate(columns)]
     side = PIXELS / 100
-    width, height = side * (len(columns) + sum(gaps)), side * rows + 0.5
+    width, height = side * (len(columns) + sum(gaps)), side * rows + 0.6
     figure = Figure(figsize=(width, height))
     x = 0.0
     for (name, nfe), gap in zip(columns, gaps, strict=True):
@@ -90,7 +90,7 @@ def samples(record: dict[str, Any], shots: dict[tuple[str, int], np.ndarray], pa
         figure.text((x + side / 2) / width, (rows * side + 0.06) / height, str(nfe), ha="center", fontsize=7)
         if gap or x == 0.0:
             title = "converged" if name == "converged ODE" else name.replace(" · ", "\n")
-            figure.text(x / width, (rows * side + 0.2) / height, title, fontsize=6.5, linespacing=0.95)
+            figure.text(x / width, (rows * side + 0.24) / height, title, fontsize=7, linespacing=1.2)
         x += side
     with files.atomic(path) as temporary:
         figure.savefig(temporary, dpi=100, format="png")
