@@ -19,7 +19,7 @@ LAYERS = [
     {"errors"}, {"files"}, {"shipped"}, {"schedule"}, {"prediction", "grid", "coeffs"},
     {"plans"}, {"solvers"}, {"kernels"}, {"ops"},
     {"noise", "denoiser"}, {"guide", "sampling"}, {"adaptive", "models", "graph", "patching"}, {"checkpoints"},
-    {"metrics"}, {"training", "tasks", "distill", "tuning", "compat"}, {"bench"}, {"export"}, {"cli"}, {"__main__"},
+    {"metrics"}, {"training", "tasks", "compat"}, {"bench"}, {"distill", "tuning"}, {"export"}, {"cli"}, {"__main__"},
 ]  # fmt: skip
 RANK = {part: i for i, layer in enumerate(LAYERS) for part in layer}
 UPWARD = {("checkpoints.onnx", "export")}  # an exported engine is a checkpoint too; imported lazily

@@ -65,10 +65,12 @@ class Setup:
         for start in range(0, self.n, self.batch):
             stop = min(start + self.batch, self.n)
             den = denoiser if labels is None else denoiser.bind(class_labels=labels[start:stop].to(denoiser.device))
-            if self.guidance != 1.0:
-                den = guide.cfg(den, self.guidance)
-            out.append((range(self.first_seed + start, self.first_seed + stop), den))
+            out.append((range(self.first_seed + start, self.first_seed + stop), self.guided(den)))
         return out
+
+    def guided(self, denoiser: Denoiser) -> Denoiser:
+        """The denoiser under the setup's guidance."""
+        return denoiser if self.guidance == 1.0 else guide.cfg(denoiser, self.guidance)
 
 
 def cells(solvers: Sequence[str], grids: Sequence[str] | None, nfes: Sequence[int]) -> list[Cell]:

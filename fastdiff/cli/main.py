@@ -13,6 +13,7 @@ from .console import errors
 from .info import info, solvers
 from .sample import sample
 from .train import train
+from .tune import tune
 
 # typer vendors click or imports it, by its version: the base of its own public exception is right for both
 UsageError: type[Exception] = typer.BadParameter.__base__  # type: ignore[assignment]
@@ -22,6 +23,7 @@ app.command()(demo)
 app.command()(sample)
 app.command()(bench)
 app.command()(train)
+app.command()(tune)
 app.command()(solvers)
 app.command()(info)
 
