@@ -3,7 +3,7 @@
 model       installs a new checkpoint beside its hash (only with --checkpoint)
 converged   the endpoints of 256 seeds by which the demo measures paired errors without computing them
 quality     the figures of the model itself: a converged sampler at n = 10,000, and with guidance at n = 2,048
-quick, full the records of both presets, with their pictures
+quick, full the records of both presets, with their pictures; full-2048 the second half of the full preset, after it
 card        the model card, from the checkpoint's own record and the figures above
 """
 
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from .. import files
+from ..bench import Bench
 from ..bench.cells import Cell, Setup, full_cells, quick_cells
 from ..bench.converged import GRID as REFERENCE_GRID
 from ..bench.converged import MOST_STEPS, SHIPPED_FILE, SOLVER, converge, rmse, shipped
@@ -31,10 +32,10 @@ from ..denoiser import Denoiser
 from ..sampling import sample
 from ..shipped import FASHION_MNIST, write_hashed
 from ..solvers import plan
-from .bench import BEST, best, measure
+from .bench import BEST, FEW, best, measure
 from .console import console, progress_bar
 
-STAGES = ("model", "converged", "quality", "quick", "full", "card")
+STAGES = ("model", "converged", "quality", "quick", "full", "full-2048", "card")
 QUALITY = {"solver": "ipndm-3", "grid": "beta", "nfe": 20}  # the converged sampler of the figures; its error is in the record
 SCALES = (2.0,)
 KEPT = ("results.json", "results.csv", "frontier.png", "samples.png")
@@ -105,16 +106,15 @@ def quality(denoiser: Denoiser, out: Path, sizes: tuple[int, int] = (10_000, 204
 def preset(denoiser: Denoiser, name: str, work: Path, out: Path) -> None:
     """The record of a preset: its figures and pictures go to `out`, the cells stay in the work folder."""
     scorer = JudgeScorer()
-    chosen = quick_cells() if name == "quick" else full_cells()
-    runs = [(chosen, Setup(128 if name == "quick" else 256), name)]
-    measured = measure(denoiser, chosen, runs[0][1], work / name, scorer)
-    if name == "full":
-        runs.append((best(measured, chosen), Setup(2048), "full-2048"))
-        console.print(f"the best {BEST} of each NFE, n = 2,048")
-        measure(denoiser, runs[1][0], runs[1][1], work / "full-2048", scorer)
-    for _, _, folder in runs:
-        for file in KEPT:
-            files.write_bytes(out / folder / file, (work / folder / file).read_bytes())
+    chosen, n = (quick_cells(), 128) if name == "quick" else (full_cells(), 256)
+    if name == "full-2048":
+        first = Bench(denoiser, Setup(n), work / "full", scorer)
+        first.run(chosen)  # from the cells that `full` left, where it ran
+        chosen, n = best(first, chosen), 2048
+        console.print(f"the best {BEST} of each NFE up to {FEW} and DDIM, n = {n}")
+    measure(denoiser, chosen, Setup(n), work / name, scorer)
+    for file in KEPT:
+        files.write_bytes(out / name / file, (work / name / file).read_bytes())
 
 
 def card(denoiser: Denoiser, out: Path) -> None:
@@ -191,7 +191,7 @@ def main() -> None:
             store_converged(denoiser, args.work)
         elif stage == "quality":
             quality(denoiser, args.records)
-        elif stage in ("quick", "full"):
+        elif stage in ("quick", "full", "full-2048"):
             preset(denoiser, stage, args.work, args.records)
         elif stage == "card":
             card(denoiser, args.records)
