@@ -59,7 +59,13 @@ def test_quality_record_and_model_card_belong_to_it(den):
     text = (FASHION_MNIST / "README.md").read_text()
     assert den.hash in text
     for row in record["rows"]:
-        assert f"{row['class_accuracy']:.1%}" in text and f"{row['fd_clf']:.3f}" in text
+        assert f"{row['class_accuracy']:.1%}" in text and f"{row['recall']:.3f}" in text
+
+
+def test_the_shipped_model_meets_its_bars():
+    rows = {row["guidance"]: row for row in json.loads((RECORDS / "quality.json").read_text())["rows"]}
+    assert rows[1.0]["n"] == 10_000 and rows[1.0]["class_accuracy"] >= 0.8
+    assert rows[2.0]["class_accuracy"] >= 0.9
 
 
 def test_the_model_card_is_what_the_records_say(den, tmp_path, monkeypatch):

@@ -44,6 +44,7 @@ class Bench:
         self.fingerprint = self._fingerprint()
         self.records: list[Record] = []
         self.converged: Record = {}
+        self.reference: Converged
         self.pictures: dict[tuple[str, int], np.ndarray] = {}  # (line, nfe) -> (SHOWN, C, H, W) uint8
 
     def run(self, cells: Sequence[Cell], progress: Progress | None = None) -> list[Record]:
@@ -51,7 +52,7 @@ class Bench:
         found = [self._cell(cell, progress) for cell in cells]
         count = min(PAIRED, self.setup.n)
         solutions = [x[:count] for record, x in found if not record["stochastic"]]
-        reference = self._reference(count, solutions, progress)
+        reference = self.reference = self._reference(count, solutions, progress)
         errors: dict[tuple[str, int], np.ndarray] = {}
         for cell, (record, x) in zip(cells, found, strict=True):
             self.pictures[(cell.line, cell.nfe)] = self._picture(x)
