@@ -23,17 +23,17 @@ def need_matplotlib() -> None:
         raise FastdiffError("the pictures need matplotlib and pillow: pip install 'fastdiff[plots]'") from e
 
 
-def lines(cells: list[dict[str, Any]], key: str) -> dict[str, list[tuple[int, float]]]:
-    """(network calls, value) of each line that has the figure, the best lines at the smallest common NFE first."""
-    out: dict[str, list[tuple[int, float]]] = {}
+def best_lines(cells: list[dict[str, Any]]) -> list[str]:
+    """The lines to show: the best at few calls by paired error (by KID where there is none), and DDIM to compare with."""
+    key = "rmse" if any("rmse" in row for row in cells) else "kid_clf"
+    out: dict[str, list[float]] = {}
     for row in sorted(cells, key=lambda r: r["nfe"]):
         if row.get(key) is not None:
-            out.setdefault(row["line"], []).append((row["network_calls"], row[key]))
-    ranked = sorted(out, key=lambda name: float(np.mean([v for _, v in out[name][:2]])))
+            out.setdefault(row["line"], []).append(row[key])
+    ranked = sorted(out, key=lambda name: float(np.mean(out[name][:2]))) or sorted({row["line"] for row in cells})
     kept = ranked[:MOST_LINES]
-    if ddim := next((name for name in ranked if name.startswith("ddim · ")), None):
-        kept = [*kept[: MOST_LINES - 1], ddim] if ddim not in kept else kept
-    return {name: out[name] for name in kept}
+    ddim = "ddim · uniform_t"
+    return [*kept[: MOST_LINES - 1], ddim] if ddim in ranked and ddim not in kept else kept
 
 
 def frontier(record: dict[str, Any], path: Path) -> None:
@@ -42,18 +42,19 @@ def frontier(record: dict[str, Any], path: Path) -> None:
 
     cells = record["cells"]
     panels = [("rmse", "paired RMSE to the converged ODE")]
-    names = {"fid": "FID", "fd_clf": "FD-clf", "kid_clf": "KID-clf", "kid_inception": "KID-inception"}
-    panels += [(k, n) for k, n in names.items() if any(r.get(k) is not None for r in cells)][:1]
+    titles = {"fid": "FID", "fd_clf": "FD-clf", "kid_clf": "KID-clf", "kid_inception": "KID-inception"}
+    panels += [(k, n) for k, n in titles.items() if any(r.get(k) is not None for r in cells)][:1]
     figure = Figure(figsize=(5.6 * len(panels), 4.6), layout="constrained")
-    colours: dict[str, str] = {}
+    names = best_lines(cells)
     for i, (key, title) in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), i + 1, xlabel="network calls per image", title=title)
-        drawn = lines(cells, key)
+        rows = [c for c in cells if c.get(key) is not None]
+        drawn = {name: sorted((c["network_calls"], c[key]) for c in rows if c["line"] == name) for name in names}
+        drawn = {name: points for name, points in drawn.items() if points}
         positive = all(v > 0 for points in drawn.values() for _, v in points)  # an unbiased estimate can fall below 0
         axes.set(xscale="log", yscale="log" if positive else "linear")
         for name, points in drawn.items():
-            colours.setdefault(name, f"C{len(colours) % 10}")
-            axes.plot(*zip(*points, strict=True), "o-", label=name, color=colours[name], markersize=4)
+            axes.plot(*zip(*points, strict=True), "o-", label=name, color=f"C{names.index(name)}", markersize=4)
         for row, label, style in ((record["converged"], "converged ODE", "--"), (record["anchor"] or {}, "real test data", ":")):
             if row.get(key) is not None and (row[key] > 0 or not positive):
                 axes.axhline(row[key], color="0.4", linestyle=style, linewidth=1, label=label)
@@ -70,7 +71,7 @@ def samples(record: dict[str, Any], shots: dict[tuple[str, int], np.ndarray], pa
     """A row a seed, NFE across, a block a solver; the converged ODE on the right of all."""
     from matplotlib.figure import Figure
 
-    order = list(lines(record["cells"], "rmse")) or sorted({row["line"] for row in record["cells"]})
+    order = best_lines(record["cells"])
     first = [name for name in order if name.startswith("ddim · ")][:1]
     chosen = first + [name for name in order if name not in first][: MOST_BLOCKS - len(first)]
     columns = [(name, nfe) for name in chosen for nfe in sorted(n for line, n in shots if line == name)]
