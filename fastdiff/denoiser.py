@@ -58,8 +58,35 @@ class Denoiser:
         self.output = output or first_tensor
         self.cond: dict[str, Any] = {}
         self.plan: Plan | None = None  # the plan that a student or a tuned checkpoint ships with
+        self.tuned: tuple[Plan, ...] = ()  # plans tuned for it, one a budget and guidance: see `tuned_plan`
         self.info: dict[str, Any] = {}  # the checkpoint's own metadata
         self._levels: dict[float, tuple[Coefficients, float]] = {}
+
+    @property
+    def guidance(self) -> float | None:
+        """The scale of classifier-free guidance; 1 = none; None where more than a scale describes it."""
+        return 1.0
+
+    def tuned_plan(self, nfe: int) -> Plan | None:
+        """The plan that was tuned for this checkpoint, this guidance and `nfe` evaluations, where there is one."""
+        return next((p for p in self.tuned if p.nfe == nfe and self.why_not(p) is None), None)
+
+    def why_not(self, plan: Plan) -> str | None:
+        """Why a learned plan is not for this denoiser, or None where it is; a solver's plan says nothing about checkpoints."""
+        made = plan.provenance.get("tuned_for")
+        if not isinstance(made, dict):
+            return None
+        if made.get("checkpoint") != self.hash:
+            return f"it was tuned for checkpoint {str(made.get('checkpoint'))[:12] or 'without a hash'}, " \
+                   f"this is {self.hash[:12] or 'one without a hash'}"  # fmt: skip
+        if made.get("prediction") != self.prediction:
+            return f"it was tuned for prediction {made.get('prediction')}, this checkpoint predicts {self.prediction}"
+        if made.get("schedule") != self.schedule.config():
+            return f"it was tuned on schedule {made.get('schedule')}, this checkpoint has {self.schedule.config()}"
+        scales = made.get("guidance") or [1.0]
+        if self.guidance is None or not min(scales) <= self.guidance <= max(scales):
+            return f"it was tuned at guidance {', '.join(f'{s:g}' for s in scales)}, not at this one"
+        return None
 
     def bind(self, **cond: Any) -> Denoiser:
         """A copy with conditioning attached: it is passed to every call of the network, by name."""

@@ -26,6 +26,10 @@ class Guided(Denoiser):
         self.plan = None  # a plan tuned without guidance says nothing about this denoiser
 
     @property
+    def guidance(self) -> float | None:
+        return self.scale if self.interval == (0.0, math.inf) and not self.rescale else None
+
+    @property
     def calls(self) -> int:  # type: ignore[override]
         """Network calls an evaluation costs where guidance acts."""
         return self.positive.calls * (self.scale != 0.0) + self.negative.calls * (self.scale != 1.0)

@@ -53,6 +53,10 @@ class Setup:
         if self.n < 2 or self.batch < 1 or self.first_seed < 0:
             raise FastdiffError(f"a benchmark needs at least 2 images and a batch of 1; given {self.n} and {self.batch}")
 
+    @property
+    def seeds(self) -> range:
+        return range(self.first_seed, self.first_seed + self.n)
+
     def labels(self, denoiser: Denoiser) -> Tensor | None:
         """(n,) class labels in turn for a class-conditional network of our own, else None."""
         null = getattr(denoiser.network, "null_label", None)

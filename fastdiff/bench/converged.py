@@ -23,7 +23,7 @@ from ..shipped import FASHION_MNIST, read_verified
 SOLVER, GRID = "dpmpp-2m", "beta"  # of four pairs tried on the shipped model the one that settled with the fewest steps
 FIRST_STEPS, MOST_STEPS = 40, 640
 FRACTION = 0.1  # of the smallest error: what doubling the steps may move
-PROBE = 32  # samples on which the steps are found; the others are computed once, with those
+PROBE = 32  # samples on which the steps are found, before all samples confirm them
 SHIPPED_FILE = "converged.npz"
 
 
@@ -49,16 +49,25 @@ def converge(endpoints: Callable[[int, int], Tensor], n: int, solutions: Sequenc
 
     `endpoints(steps, count)` gives the reference solver's samples of the first `count` seeds.
     """
-    probe, steps = min(PROBE, n), FIRST_STEPS
-    x = endpoints(steps, probe)
+    found, steps = None, FIRST_STEPS
+    for count in (min(PROBE, n), n):  # the few say where to begin with all
+        found = _double(endpoints, count, steps, solutions)
+        steps = found.steps // 2
+    assert found is not None
+    return found
+
+
+def _double(endpoints: Callable[[int, int], Tensor], count: int, steps: int, solutions: Sequence[Tensor]) -> Converged:
+    """Doubles the steps, beginning with `steps`, until the endpoints of `count` seeds settle."""
+    x = endpoints(steps, count)
     while True:
         steps *= 2
-        finer = endpoints(steps, probe)
-        movement = rmse(finer, x)
+        finer = endpoints(steps, count)
+        found = Converged(finer, steps, rmse(finer, x))
+        smallest = min((rmse(s[:count], finer) for s in solutions), default=1.0)
+        if found.ok_for(smallest) or steps >= MOST_STEPS:
+            return found
         x = finer
-        smallest = min((rmse(s[:probe], x) for s in solutions), default=1.0)
-        if movement <= FRACTION * smallest or steps >= MOST_STEPS:
-            return Converged(x if probe == n else endpoints(steps, n), steps, movement)
 
 
 def shipped(denoiser: Denoiser, n: int) -> Converged | None:

@@ -76,7 +76,7 @@ class Bench:
         todo = n * sum(cell.nfe for cell in cells if not self._path(self._key(cell)).exists())
         runs = [(ANCHOR_STEPS, n)] if n > count and self.scorer else []
         if not self._stored(count):
-            runs += [*((FIRST_STEPS << k, min(PROBE, count)) for k in range(4)), (FIRST_STEPS << 3, count)]
+            runs += [*((FIRST_STEPS << k, min(PROBE, count)) for k in range(4)), *((FIRST_STEPS << k, count) for k in (2, 3))]
         return todo + sum(s * m for s, m in runs if not self._path(self._endpoint_key(s, m)).exists())
 
     # The reference

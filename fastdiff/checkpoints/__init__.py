@@ -6,8 +6,11 @@ from pathlib import Path
 
 from ..denoiser import Denoiser
 from ..errors import CheckpointError
-from ..shipped import SHIPPED, shipped_path
+from ..plans import Plan
+from ..shipped import HASHES, SHIPPED, shipped_path
 from . import native
+
+PLANS = "plans"  # folder beside a checkpoint
 
 __all__ = ["SHIPPED", "load", "shipped_path"]
 
@@ -19,7 +22,7 @@ def load(path: str | Path) -> Denoiser:
         CheckpointError: nothing there, an unknown layout, a file that is truncated, tampered with or could run code.
     """
     if str(path) in SHIPPED:
-        return native.load(shipped_path(str(path)))
+        return _with_plans(native.load(shipped_path(str(path))), SHIPPED[str(path)])
     path = Path(path)
     if path.is_dir():
         path = path / "model.safetensors"
@@ -32,4 +35,11 @@ def load(path: str | Path) -> Denoiser:
             f"{path} is not a .safetensors file; pickled checkpoints can run code and are not opened: "
             "convert it to safetensors first"
         )
-    return native.load(path)
+    return _with_plans(native.load(path), path.parent)
+
+
+def _with_plans(denoiser: Denoiser, folder: Path) -> Denoiser:
+    """The denoiser with the plans tuned for it that lie in `plans/` beside the checkpoint; others there are left alone."""
+    found = [Plan.load(path) for path in sorted((folder / PLANS).glob("*.json")) if path.name != HASHES]
+    denoiser.tuned = tuple(plan for plan in found if plan.provenance.get("tuned_for", {}).get("checkpoint") == denoiser.hash)
+    return denoiser

@@ -1,83 +1,173 @@
-"""`fastdiff tune`: the best plan for one checkpoint and one budget, learned."""
+"""`fastdiff tune`: the best plan for one checkpoint and one budget, learned or searched for."""
 
 from __future__ import annotations
 
+import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import CHECKPOINT_HELP, progress_bar, say
+from .console import CHECKPOINT_HELP, console, progress_bar, say
 
 if TYPE_CHECKING:
     from ..denoiser import Denoiser
     from ..plans import Plan
-    from ..tuning import Pairs
+    from ..tuning import NodeSearch, Pairs, Table, Tuner
 
-CANDIDATES = (("unipc-2", "uniform_t"), ("ipndm-3", "beta"), ("ipndm-3", "uniform_t"), ("dpmpp-2m", "uniform_lambda"))
 VALIDATION_SEED, TRAIN_SEED = 1_000_000, 2_000_000  # far from the seeds that people look at and benchmark
+FREEDOMS = ("nodes", "coefficients", "full")
 
 
 def tune(
     checkpoint: Annotated[str, typer.Argument(help=CHECKPOINT_HELP)] = "fashion-mnist",
-    nfe: Annotated[int, typer.Option(min=2, help="evaluations of the denoiser")] = 8,
-    out: Annotated[Path, typer.Option(help="the plan; its state for resuming lies beside it")] = Path("out/plan.json"),
-    start: Annotated[str | None, typer.Option(help="solver to start from; default the best of a few by validation")] = None,
-    grid: Annotated[str | None, typer.Option(help="grid to start from, with --start")] = None,
-    freedom: Annotated[str, typer.Option(help="nodes (times), shares (weights) or full (both)")] = "full",
-    guidance: Annotated[float, typer.Option(min=0, help="guidance scale that the plan is for; 1 = none")] = 1.0,
-    pairs: Annotated[int, typer.Option(min=2, help="noise-image pairs to train on")] = 256,
-    validation: Annotated[int, typer.Option(min=2, help="pairs to choose by")] = 128,
-    steps: Annotated[int, typer.Option(min=1, help="Adam steps")] = 200,
-    batch: Annotated[int, typer.Option(min=1)] = 32,
-    lr: Annotated[float, typer.Option(help="learning rate at the start; falls along a cosine")] = 0.02,
-    time_budget: Annotated[float, typer.Option(help="minutes after which training stops; 0 = none")] = 0.0,
+    nfe: Annotated[int, typer.Option(min=1, help="evaluations of the denoiser")] = 8,
+    out: Annotated[Path, typer.Option(help="the plan; the state to resume from lies beside it")] = Path("out/plan.json"),
+    search: Annotated[bool, typer.Option("--search", help="no learning: the best solver and grid of the whole registry")] = False,
+    freedom: Annotated[str, typer.Option(help="nodes (times), coefficients (and times) or full (every weight)")] = "full",
+    start: Annotated[str | None, typer.Option(help="solver or plan.json to start from; default the best of a few")] = None,
+    grid: Annotated[str | None, typer.Option(help="grid to start from, with a solver as --start")] = None,
+    derivative_free: Annotated[bool, typer.Option("--derivative-free", help="nodes only, by COBYQA")] = False,
+    guidance: Annotated[str, typer.Option(help="scales that one plan is for, such as 2 or 1,2,4; 1 = none")] = "1",
+    pairs: Annotated[int, typer.Option(min=2, help="noise-image pairs of each scale to train on")] = 512,
+    validation: Annotated[int, typer.Option(min=2, help="pairs of each scale to choose by")] = 256,
+    steps: Annotated[int | None, typer.Option(min=1, help="Adam steps, or evaluations without derivatives")] = None,
+    batch: Annotated[int, typer.Option(min=2)] = 32,
+    lr: Annotated[float, typer.Option(help="learning rate at the start; falls along a cosine")] = 0.05,
+    relax: Annotated[float, typer.Option(help="radius of LD3's relaxed target, in norms of the start noise")] = 0.0,
+    distribution: Annotated[float, typer.Option(help="weight of the MMD in random features; 0 = off")] = 0.0,
+    time_budget: Annotated[str, typer.Option(help="stop training after 10m, 90s or 1h; 0 = none")] = "0",
     checkpointing: Annotated[bool, typer.Option(help="recompute activations: less memory, a third more time")] = False,
+    force: Annotated[bool, typer.Option("--force", help="start from a plan tuned for another checkpoint")] = False,
     seed: int = 0,
     cache: Annotated[Path, typer.Option(help="folder of the computed endpoints")] = Path("out/pairs"),
 ) -> None:
-    """Learn a plan: no weight of the network changes. Ctrl-C keeps the best so far; the same command goes on."""
-    import math
-
+    """Find a plan: no weight of the network changes. Ctrl-C keeps the best so far; the same command goes on."""
     from ..bench.cells import Setup
     from ..checkpoints import load
     from ..errors import FastdiffError
-    from ..tuning import TuneConfig, Tuner
+    from ..tuning import SearchConfig, TuneConfig
+
+    scales, budget = parse_scales(guidance), parse_duration(time_budget)
+    freedom = "nodes" if derivative_free else freedom
+    if freedom not in FREEDOMS:
+        raise FastdiffError(f"--freedom must be one of {', '.join(FREEDOMS)}; given {freedom!r}")
+    if not search and pairs < batch:
+        raise FastdiffError(f"--pairs {pairs} is less than one batch of {batch}: give more pairs or a smaller --batch")
+    config = TuneConfig(steps or 250, batch, lr, seed, relax=relax, distribution=distribution, checkpointing=checkpointing)
+    denoiser = load(checkpoint)
+    validates = [Setup(validation, VALIDATION_SEED, scale) for scale in scales]
+    if search:
+        ranking(denoiser, nfe, _pairs(denoiser, validates, cache), out)
+        return
+    starts = _starts(denoiser, start, grid, nfe, freedom, force)
+    trains = [Setup(pairs, TRAIN_SEED, scale) for scale in scales]
+    found = _pairs(denoiser, [*trains, *validates], cache)
+    train, held = found[: len(scales)], found[len(scales) :]
+    table = _best(starts, held)
+    state = out.with_suffix(".state.json" if derivative_free else ".state.pt")
+    from ..tuning import NodeSearch, SolverNodes, Tuner
+
+    tuner: Tuner | NodeSearch
+    if derivative_free:
+        assert isinstance(table, SolverNodes)
+        tuner = NodeSearch(table, train, held, SearchConfig(steps or 120, batch), state)
+    else:
+        tuner = Tuner(table, train, held, config, state)
+        if tuner.step:
+            say(f"resuming at step {tuner.step} of {config.steps}")
+    finish(tuner, steps or (120 if derivative_free else 250), budget, out)
+
+
+def finish(tuner: Tuner | NodeSearch, steps: int, budget: float, out: Path) -> None:
+    """Runs to the end, the budget or an interrupt, and writes the best plan so far whichever it was."""
+    from ..tuning import provenance
+
+    with progress_bar() as bar:
+        task = bar.add_task("tune", total=steps, completed=getattr(tuner, "step", 0))
+        try:
+            tuner.run(budget, lambda p: bar.update(
+                task, completed=p.step, description=f"validation {p.best.rmse:.4f}, hand-made {p.start.rmse:.4f}"))  # fmt: skip
+        finally:
+            write(tuner.best, provenance(tuner), out)
+    before, after = tuner.start, tuner.best_score
+    say(
+        f"{out}: paired error {after.rmse:.4f} (MMD {after.mmd:.4f}) on {sum(p.setup.n for p in tuner.validation)} validation "
+        f"images; {tuner.table.label} has {before.rmse:.4f} ({before.mmd:.4f})"
+    )
+
+
+def write(plan: Plan, provenance: dict[str, Any], out: Path) -> None:
+    """A plan with its provenance, under the name that says what it is."""
+    from dataclasses import replace
+
+    replace(plan, name=f"tuned-{plan.nfe}", provenance=provenance).save(out)
+
+
+def ranking(denoiser: Denoiser, nfe: int, pairs: list[Pairs], out: Path) -> None:
+    """The finalists of the registry as a table; the first goes to `out`."""
+    from dataclasses import replace
+
+    from rich.table import Table as RichTable
+
+    from ..errors import FastdiffError
+    from ..tuning.search import candidates, cost, halving
+
+    if len(pairs) != 1:
+        raise FastdiffError("--search ranks for one guidance scale: give one")
+    plans = candidates(denoiser.schedule, nfe)
+    with progress_bar() as bar:
+        task = bar.add_task(f"{len(plans)} solvers and grids", total=cost(plans, pairs[0].setup.n))
+        ranked = halving(plans, pairs[0], lambda n: bar.advance(task, n))
+    table = RichTable(title=f"best of {len(plans)} at {nfe} evaluations, {pairs[0].setup.n} seeds")
+    for column in ("solver · grid", "paired error", "95 % interval", "excess over the best in mean squared error"):
+        table.add_column(column)
+    for i, r in enumerate(ranked):
+        excess = f"{r.behind[0]:.2e} to {r.behind[1]:.2e}" if i else "-"
+        table.add_row(r.plan.name, f"{r.rmse:.4f}", f"{r.low:.4f} to {r.high:.4f}", excess)
+    console.print(table)
+    replace(ranked[0].plan, provenance={"search": f"best of {len(plans)} on {pairs[0].setup.n} seeds"}).save(out)
+    say(f"{out}: {ranked[0].plan.name}; `--start {out}` tunes it further")
+
+
+def _starts(
+    denoiser: Denoiser, start: str | None, grid: str | None, nfe: int, freedom: str, force: bool
+) -> list[Table]:
+    """The tables to start from; where none is asked for, a few that keep no call for the last, least noisy level."""
+    from ..errors import FastdiffError
+    from ..plans import Plan
+    from ..solvers import plan
+    from ..solvers.registry import find, recommended_grid
+    from ..tuning import LearnedTable, SolverNodes, starts
 
     if grid and not start:
         raise FastdiffError("--grid goes with --start")
-    config = TuneConfig(steps, batch, lr, freedom, seed, checkpointing=checkpointing)
-    denoiser = load(checkpoint)
-    trains, validates = Setup(pairs, TRAIN_SEED, guidance), Setup(validation, VALIDATION_SEED, guidance)
-    if pairs < batch:
-        raise FastdiffError(f"--pairs {pairs} is less than one batch of {batch}: give more pairs or a smaller --batch")
-    starts = _starts(denoiser, start, grid, nfe)
-    train_pairs, validation_pairs = _pairs(denoiser, [trains, validates], cache)
-    chosen = best_start(starts, validation_pairs)
-    tuner = Tuner(chosen, train_pairs, validation_pairs, config, out.with_suffix(".state.pt"))
-    if tuner.step:
-        say(f"resuming at step {tuner.step} of {steps}")
-    with progress_bar() as bar:
-        task = bar.add_task("tune", total=steps, completed=tuner.step)
-        try:
-            tuner.run(
-                time_budget * 60 or math.inf,
-                lambda p: bar.update(task, completed=p.step, description=f"validation {p.validation:.4f} from {p.start:.4f}"),
-            )
-        finally:
-            write(tuner, out)
-    say(f"{out}: paired error {tuner.best_error:.4f} on {validation} validation seeds; {chosen.name} has {tuner.start_error:.4f}")
+    if start and start.endswith(".json"):
+        loaded = Plan.load(start)
+        if grid or freedom == "nodes":
+            raise FastdiffError("a plan file has its own weights: leave out --grid, and choose --freedom coefficients or full")
+        if loaded.nfe != nfe:
+            raise FastdiffError(f"{start} makes {loaded.nfe} evaluations: give --nfe {loaded.nfe}, or another start")
+        check_fits(loaded, denoiser, start, force)
+        return [LearnedTable(loaded, denoiser.schedule, freedom)]
+    pairs = [(start, grid or recommended_grid(find(start), denoiser.schedule))] if start else starts(denoiser.schedule)
+    if freedom == "nodes":
+        return [SolverNodes(s, denoiser.schedule, nfe, g) for s, g in pairs]
+    return [LearnedTable(plan(s, denoiser, nfe, grid=g), denoiser.schedule, freedom, f"{s} · {g}") for s, g in pairs]
 
 
-def _starts(denoiser: Denoiser, start: str | None, grid: str | None, nfe: int) -> list[Plan]:
-    """The plans to start from, in order; each keeps its grid in its name."""
-    from dataclasses import replace
+def check_fits(plan: Plan, denoiser: Denoiser, path: str | Path, force: bool) -> None:
+    """Refuses a plan that was tuned for another checkpoint, prediction, schedule or guidance.
 
-    from ..solvers import plan
-    from ..solvers.registry import find, recommended_grid
+    Raises:
+        FastdiffError: it was, and `force` is not set.
+    """
+    from ..errors import FastdiffError
 
-    chosen = [(start, grid or recommended_grid(find(start), denoiser.schedule))] if start else list(CANDIDATES)
-    return [replace(p, name=f"{p.name} · {g}") for s, g in chosen for p in [plan(s, denoiser, nfe, grid=g)]]
+    why = denoiser.why_not(plan)
+    if why and not force:
+        raise FastdiffError(f"{path}: {why}; --force uses it all the same")
 
 
 def _pairs(denoiser: Denoiser, setups: list[Any], cache: Path) -> list[Pairs]:
@@ -88,15 +178,31 @@ def _pairs(denoiser: Denoiser, setups: list[Any], cache: Path) -> list[Pairs]:
         return [make_pairs(denoiser, s, cache, lambda n: bar.advance(task, n)) for s in setups]
 
 
-def best_start(plans: list[Plan], pairs: Pairs) -> Plan:
-    """The plan with the smallest validation error."""
-    from ..tuning.tune import paired_error
+def _best(tables: list[Table], pairs: list[Pairs]) -> Table:
+    """The table whose plan has the smallest validation error as it stands."""
+    from ..tuning import rmse_of
 
-    return min(plans, key=lambda p: paired_error(p, pairs)) if len(plans) > 1 else plans[0]
+    return min(tables, key=lambda t: rmse_of(t.plan("start", {}), pairs)) if len(tables) > 1 else tables[0]
 
 
-def write(tuner: Any, out: Path) -> None:
-    """The best plan so far with where it comes from."""
-    from dataclasses import replace
+def parse_scales(text: str) -> list[float]:
+    """ "1" or "1,2,4" -> guidance scales."""
+    from ..errors import FastdiffError
 
-    replace(tuner.best, name=f"tuned-{tuner.best.nfe}", provenance=tuner.provenance()).save(out)
+    try:
+        scales = [float(part) for part in text.split(",")]
+    except ValueError:
+        scales = []
+    if not scales or not all(0 <= s < math.inf for s in scales) or len(set(scales)) < len(scales):
+        raise FastdiffError(f"--guidance takes scales such as 2 or 1,2,4; given {text!r}")
+    return scales
+
+
+def parse_duration(text: str) -> float:
+    """ "10m", "90s", "1h" -> seconds; "0" is no limit."""
+    from ..errors import FastdiffError
+
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
+    if match is None and text != "0":
+        raise FastdiffError(f"--time-budget takes a duration such as 10m, 90s or 1h, or 0; given {text!r}")
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]] if match else math.inf

@@ -6,7 +6,7 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .. import grid as grids
@@ -77,6 +77,7 @@ _SOLVERS = [
     *(_entry(f"ipndm-{k}", build_ipndm, min(k, 2), "Zhang and Chen 2022", bind={"order": k}, grid="beta",
              aliases=("ipndm",) if k == 4 else ()) for k in (1, 2, 3, 4)),
 ]  # fmt: skip
+FEW, FEW_CALLS, MANY_CALLS = 10, "ipndm-3", "unipc-2"  # what `auto` takes up to FEW calls and beyond: benches/results/full
 _BY_NAME = {name: info for info in _SOLVERS for name in (info.name, *info.aliases)}
 
 
@@ -113,7 +114,8 @@ def plan(
     """The table of a solver for a budget of network evaluations.
 
     Args:
-        solver: a name of `list_solvers()` or an alias.
+        solver: a name of `list_solvers()` or an alias; or "auto": the plan tuned for this checkpoint, guidance and `nfe` where
+            the denoiser has one, else the recommended hand-made one. `provenance["auto"]` says which.
         schedule: a NoiseSchedule, or anything with a `.schedule` (a Denoiser).
         nfe: evaluations of the denoiser, met exactly: what fills no whole step goes to one lower-order step.
         steps: grid intervals, instead of `nfe`.
@@ -128,6 +130,8 @@ def plan(
     noise_schedule = schedule if isinstance(schedule, NoiseSchedule) else getattr(schedule, "schedule", None)
     if not isinstance(noise_schedule, NoiseSchedule):
         raise FastdiffError(f"plan needs a NoiseSchedule or a denoiser that has one; given {type(schedule).__name__}")
+    if solver == "auto":
+        return _auto(schedule, nfe, {"steps": steps, "grid": grid, "grid_options": grid_options, **options}, end)
     info = find(solver)
     if unknown := set(options) - set(info.options):
         raise FastdiffError(
@@ -140,9 +144,29 @@ def plan(
     return info.build(noise_schedule, made, **({"counts": counts} if info.nfe_per_step > 1 else {}), **options)
 
 
+def _auto(schedule: NoiseSchedule | Any, nfe: int | None, other: dict[str, Any], end: str) -> Plan:
+    """The tuned plan of a denoiser, else the hand-made one that is best without knowing the checkpoint."""
+    if given := [name for name, value in other.items() if value is not None]:
+        raise FastdiffError(f'plan("auto") chooses {", ".join(given)} itself: give nfe= only')
+    if nfe is None:
+        raise FastdiffError('plan("auto") needs nfe=')
+    tuned = getattr(schedule, "tuned_plan", lambda nfe: None)(nfe) if end == "zero" else None
+    if tuned is not None:
+        chosen, why = tuned, "tuned for this checkpoint, guidance and budget"
+    else:
+        chosen = plan(FEW_CALLS if nfe <= FEW else MANY_CALLS, schedule, nfe, end=end)
+        why = "hand-made: no plan is tuned for this checkpoint, guidance and budget"
+    return replace(chosen, provenance={**chosen.provenance, "auto": f"{chosen.name}, {why}"})
+
+
 def recommended_grid(info: SolverInfo, schedule: NoiseSchedule) -> str:
     """The solver's own grid, but karras where time is sigma itself: uniform in time means nothing there."""
     return "karras" if schedule.name in ("ve", "edm") else info.grid
+
+
+def step_counts(solver: str, schedule: NoiseSchedule, nfe: int) -> tuple[int, ...]:
+    """Evaluations of each grid interval at a budget, on a grid that spans the schedule and ends at clean data."""
+    return _counts(find(solver), nfe, None, _starts_at_full_noise(schedule, None), True)
 
 
 def _starts_at_full_noise(schedule: NoiseSchedule, grid: str | Sequence[float] | grids.Grid | None) -> bool:

@@ -1,7 +1,14 @@
 """Learned plans: the best table for one checkpoint and one budget, no weight of the network changed."""
 
-from .table import LearnedTable
-from .targets import Pairs, make_pairs
+from .derivative_free import NodeSearch, SearchConfig
+from .nodes import SolverNodes
+from .provenance import provenance
+from .starts import starts
+from .table import LearnedTable, Table
+from .targets import Pairs, Score, make_pairs, rmse_of
 from .tune import TuneConfig, Tuner
 
-__all__ = ["LearnedTable", "Pairs", "TuneConfig", "Tuner", "make_pairs"]
+__all__ = [
+    "LearnedTable", "NodeSearch", "Pairs", "Score", "SearchConfig", "SolverNodes", "Table", "TuneConfig", "Tuner", "make_pairs",
+    "provenance", "rmse_of", "starts",
+]  # fmt: skip

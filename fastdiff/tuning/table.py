@@ -1,18 +1,19 @@
-"""A plan as trainable numbers: nodes in time and, for every point, the shares of all predictions before it.
+"""A plan as trainable numbers: times and, for every point, the weights of all predictions before it.
 
-Any deterministic plan with one evaluation a level can be written against its start alone: the point before evaluation i is
+Any deterministic plan can be written against its start alone: the point after evaluation i is
 
-    y_i = (sigma_i/sigma_0) x + g_i * sum_j share_ij D_j,    g_i = alpha_i - alpha_0 sigma_i/sigma_0,    sum_j share_ij = 1.
+    y_{i+1} = (sigma_{i+1}/sigma_0) x + g_{i+1} * sum_j share_ij D_j,    g_i = alpha_i - alpha_0 sigma_i/sigma_0,
 
-(A non-stationary solver in the sense of Shaul et al. 2024.) The first factor keeps the plan's spread and the sum of the shares
-its mean, exactly and for any parameters, so a learned table passes the same self-check as every other. Starting from a solver's
-own shares, step 0 of the training is that solver.
+with shares that sum to 1 (a non-stationary solver, Shaul et al. 2024, with consistency held by construction). The first factor
+keeps the plan's spread and the sum of the shares its mean, exactly and for any parameters, so a learned table passes the same
+self-check as every other. `LearnedTable` trains the shares and the times; `nodes.SolverNodes` the times of a solver whose
+formulas give the weights. Step 0 of either is the solver.
 """
 
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,8 +25,17 @@ from ..errors import FastdiffError
 from ..plans import IDENTITY, Plan, Row, Weights
 from ..schedule import NoiseSchedule
 
-FREEDOMS = ("nodes", "shares", "full")
-FLOOR = 1e-5
+FLOOR = 1e-5  # the least part of the whole way that a step may take at the start: no gradient moves one of length 0
+
+
+class Numbers(NamedTuple):
+    """What a run needs, float64: times (n,) that the network is told, weights (n, n) on the predictions (row i: the point after
+    row i, oldest first), and the levels alpha, sigma (n + 1,) of the rows and the end."""
+
+    times: Tensor
+    weights: Tensor
+    alpha: Tensor
+    sigma: Tensor
 
 
 def expand(plan: Plan) -> np.ndarray:
@@ -45,66 +55,32 @@ def expand(plan: Plan) -> np.ndarray:
     return np.array(out)
 
 
-class LearnedTable(nn.Module):
-    """The trainable form of a plan on a schedule.
+def check_tunable(plan: Plan) -> None:
+    """Raises FastdiffError where a plan cannot be written as shares: it draws noise, climbs, or leaves mean or spread."""
+    climbs = any(b.sigma * a.alpha > a.sigma * b.alpha * (1 + 1e-12) for a, b in pairwise(plan.rows))
+    if plan.stochastic or plan.draws or climbs or not all(row.calls for row in plan.rows):
+        raise FastdiffError(f"plan {plan.name} cannot be tuned: it draws noise or climbs; start from a deterministic solver")
+    if plan.mean != "exact" or plan.spread != "exact" or plan.end[1] != 0.0:
+        raise FastdiffError(f"plan {plan.name} cannot be tuned: it must keep mean and spread and end at clean data")
 
-    Args:
-        plan: a deterministic plan whose levels fall from row to row (multistep or predictor-corrector).
-        freedom: "nodes" trains the times with the shares of the plan kept, "shares" the shares with the times kept, "full" both.
 
-    Raises:
-        FastdiffError: a stochastic plan, one that evaluates twice at a level, or one that waives its mean or spread.
-    """
+class Table(nn.Module):
+    """A trainable table; a subclass says what its `numbers` are and how it becomes a Plan. `label` names where it starts."""
 
-    def __init__(self, plan: Plan, schedule: NoiseSchedule, freedom: str = "full") -> None:
+    def __init__(self, schedule: NoiseSchedule, label: str, freedom: str) -> None:
         super().__init__()
-        if freedom not in FREEDOMS:
-            raise FastdiffError(f"freedom must be one of {', '.join(FREEDOMS)}; given {freedom!r}")
-        times = [row.t for row in plan.rows]
-        falling = all(b < a for a, b in pairwise(times))
-        if plan.stochastic or plan.draws or not falling or not all(row.calls and len(row.store) == 1 for row in plan.rows):
-            raise FastdiffError(f"plan {plan.name} cannot be tuned: it draws noise, or evaluates twice at or above a level; "
-                                "start from a multistep method")  # fmt: skip
-        if plan.mean != "exact" or plan.spread != "exact" or plan.end[1] != 0.0:
-            raise FastdiffError(f"plan {plan.name} cannot be tuned: it must keep mean and spread and end at clean data")
-        self.schedule, self.source = schedule, plan
-        first, last = times[0], schedule.t_min
-        # increments of time as fractions of the whole way, through a softmax; the last leads to t_min, and where the plan's
-        # last node lies there already it is moved off by a hundred-thousandth, or no gradient could move it
-        steps = np.diff(-np.array([*times, last]))
-        self.first, self.span = first, first - last
-        increments = torch.tensor(np.log(np.maximum(steps, FLOOR * self.span)))
-        self.increments = nn.Parameter(increments, requires_grad=freedom != "shares")
-        n = len(times)
-        shares = expand(plan) / self._gains(np.array([row.alpha for row in plan.rows] + [plan.end[0]]),
-                                            np.array([row.sigma for row in plan.rows] + [plan.end[1]]))[1:, None]  # fmt: skip
-        # the newest share is one minus the others
-        self.shares = nn.Parameter(torch.tensor(np.tril(shares, -1)[:, : n - 1].copy()), requires_grad=freedom != "nodes")
+        self.schedule, self.label, self.freedom = schedule, label, freedom
 
-    @staticmethod
-    def _gains(alpha: Any, sigma: Any) -> Any:
-        return alpha - alpha[0] * sigma / sigma[0]
+    def numbers(self) -> Numbers:
+        raise NotImplementedError
 
-    def times(self) -> Tensor:
-        """The evaluation times (n,), noisiest first, float64."""
-        way = torch.softmax(self.increments, dim=0).cumsum(0)[:-1] * self.span
-        return torch.cat([way.new_tensor([self.first]), self.first - way])
-
-    def levels(self) -> tuple[Tensor, Tensor]:
-        """alpha and sigma (n + 1,) of the nodes and the clean end."""
-        t = self.times()
-        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
-        return torch.cat([alpha, alpha.new_ones(1)]), torch.cat([sigma, sigma.new_zeros(1)])
-
-    def weights(self) -> Tensor:
-        """(n, n): the weights on the predictions, oldest first, of the point after each row."""
-        older, n = self.shares.tril(-1), len(self.shares)
-        full = torch.cat([older, older.new_zeros(n, 1)], dim=1) + torch.diag(1 - older.sum(dim=1))
-        return full * self._gains(*self.levels())[1:, None]
+    def plan(self, name: str, provenance: dict[str, Any]) -> Plan:
+        """The table as it stands, an ordinary Plan."""
+        raise NotImplementedError
 
     def forward(self, denoiser: Denoiser, x: Tensor, checkpointing: bool = False) -> Tensor:
         """Runs the table, differentiably: x (B, *) is the state at the start level; returns the samples."""
-        times, weights, (_, sigma) = self.times(), self.weights(), self.levels()
+        times, weights, _, sigma = self.numbers()
         predictions: list[Tensor] = []
         y = x
         for i in range(len(times)):
@@ -116,12 +92,89 @@ class LearnedTable(nn.Module):
                 y = y + d * weights[i, j].to(x.dtype)
         return y
 
+
+class Times(nn.Module):
+    """Falling times from a fixed first one, as increments through a softmax; what is left of the way leads to t_min."""
+
+    def __init__(self, times: np.ndarray, last: float, trained: bool) -> None:
+        super().__init__()
+        self.first, self.span = float(times[0]), float(times[0]) - last
+        steps = np.maximum(np.diff(-np.array([*times, last])), FLOOR * self.span)
+        self.increments = nn.Parameter(torch.tensor(np.log(steps)), requires_grad=trained)
+
+    def forward(self) -> Tensor:
+        """(n,), float64."""
+        way = torch.softmax(self.increments, dim=0).cumsum(0)[:-1] * self.span
+        return torch.cat([way.new_tensor([self.first]), self.first - way])
+
+
+class LearnedTable(Table):
+    """The shares and times of a plan as parameters.
+
+    Args:
+        plan: a deterministic plan whose levels never rise.
+        freedom: "coefficients" trains the times and the shares of as many of the newest predictions as the plan itself reads
+            (two at least), "full" the times, all shares, and apart from where a point is the time that the network is told there
+            (the decoupled times of LD3, Tong et al. 2024, section 4.2).
+
+    Raises:
+        FastdiffError: a stochastic plan, or one that waives its mean or spread.
+    """
+
+    mask: Tensor
+    initial: Tensor
+    level: Tensor
+
+    def __init__(self, plan: Plan, schedule: NoiseSchedule, freedom: str = "full", label: str = "") -> None:
+        super().__init__(schedule, label or plan.name, freedom)
+        check_tunable(plan)
+        n = len(plan.rows)
+        at, told = _times(plan, schedule)
+        falling, level = np.unique(-at, return_inverse=True)  # rows at one level share its time: Heun evaluates twice there
+        self.times = Times(-falling, schedule.t_min, trained=True)
+        self.register_buffer("level", torch.tensor(level))
+        shares = expand(plan) / _gains(np.array([row.alpha for row in plan.rows] + [plan.end[0]]),
+                                       np.array([row.sigma for row in plan.rows] + [plan.end[1]]))[1:, None]  # fmt: skip
+        window = n if freedom == "full" else max(2, *(len(w.h) for row in plan.rows for w in (row.next, row.base)))
+        # the newest share is one minus the others
+        mask = np.tril(np.ones((n, n)), -1) * np.triu(np.ones((n, n)), 1 - window)
+        self.register_buffer("initial", torch.tensor(np.tril(shares, -1)[:, : n - 1].copy()))
+        self.register_buffer("mask", torch.tensor(mask[:, : n - 1].copy()))
+        self.corrections = nn.Parameter(torch.zeros(n, n - 1, dtype=torch.float64))
+        # what the network is told, beside where the point is, in parts of the step that led there
+        self.told = nn.Parameter(torch.tensor(told), requires_grad=freedom == "full")
+
+    def numbers(self) -> Numbers:
+        t = self.times()[self.level]
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        alpha, sigma = torch.cat([alpha, alpha.new_ones(1)]), torch.cat([sigma, sigma.new_zeros(1)])
+        older = self.initial + self.corrections * self.mask
+        full = torch.cat([older, older.new_zeros(len(t), 1)], dim=1) + torch.diag(1 - older.sum(dim=1))
+        step = torch.cat([t.new_zeros(1), t[:-1] - t[1:]])  # none leads to the first point: the network is told its own time
+        told = (t + self.told * step).clamp(self.schedule.t_min, t[0].item())
+        return Numbers(told, full * _gains(alpha, sigma)[1:, None], alpha, sigma)
+
     def plan(self, name: str, provenance: dict[str, Any]) -> Plan:
-        """The table as it stands, an ordinary Plan on its own start state."""
         with torch.no_grad():
-            times, weights = self.times().tolist(), self.weights().numpy()
-            alpha, sigma = (v.numpy() for v in self.levels())
+            times, weights, alpha, sigma = (v.numpy() for v in self.numbers())
         nexts = [Weights(float(sigma[i + 1] / sigma[0]), tuple(weights[i, i::-1].tolist())) for i in range(len(times))]
-        rows = tuple(Row(t, float(alpha[i]), float(sigma[i]), nexts[i], IDENTITY) for i, t in enumerate(times))
+        rows = tuple(Row(float(t), float(alpha[i]), float(sigma[i]), nexts[i], IDENTITY) for i, t in enumerate(times))
         start, end = (float(alpha[0]), float(sigma[0])), (float(alpha[-1]), float(sigma[-1]))
         return Plan(name, rows, start, end, order=1, provenance=provenance)
+
+
+def _times(plan: Plan, schedule: NoiseSchedule) -> tuple[np.ndarray, np.ndarray]:
+    """The times of the rows' levels, and what the network is told beside them in parts of the step: 0 but in a learned plan."""
+    at = []
+    for row in plan.rows:
+        alpha, sigma = float(schedule.alpha(row.t)), float(schedule.sigma(row.t))
+        own = abs(alpha - row.alpha) <= 1e-9 and abs(sigma - row.sigma) <= 1e-9 * max(1.0, sigma)
+        at.append(row.t if own else float(schedule.t_of_lam(np.log(row.alpha / row.sigma))))
+    times = np.array(at)
+    step = np.concatenate([[0.0], times[:-1] - times[1:]])
+    away = np.array([row.t for row in plan.rows]) - times
+    return times, np.divide(away, step, out=np.zeros_like(away), where=step != 0.0)
+
+
+def _gains(alpha: Any, sigma: Any) -> Any:
+    return alpha - alpha[0] * sigma / sigma[0]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +18,10 @@ from ..bench.cells import Setup
 from ..bench.converged import GRID, SOLVER
 from ..denoiser import Denoiser
 from ..noise import normal
+from ..plans import Plan
 from ..sampling import sample
 from ..solvers import plan
+from .features import Distribution
 
 STEPS = 80  # of the reference: on the shipped model 0.003 from the converged endpoints, a tenth of what tuning reaches
 
@@ -61,3 +64,38 @@ def make_pairs(
     seeds = range(setup.first_seed, setup.first_seed + setup.n)
     noise = normal(seeds, 0, int(np.prod(denoiser.shape))).view(setup.n, *denoiser.shape)
     return Pairs(noise, torch.cat(out), setup, denoiser)
+
+
+@dataclass(frozen=True)
+class Score:
+    """A plan on pairs: RMSE of its samples to the targets, and the MMD of the two sets (features.Distribution)."""
+
+    rmse: float
+    mmd: float
+
+    def against(self, other: Score) -> float:
+        """The mean of both as shares of another's: a plan that buys error with blur does not win."""
+        return (self.rmse / max(other.rmse, 1e-12) + self.mmd / max(other.mmd, 1e-12)) / 2
+
+
+def endpoints(plan: Plan, pairs: Pairs, among: range | None = None, batch: int = 128) -> Tensor:
+    """The plan's samples (n, *shape) from the noise of all pairs, or of those `among`, as the executors run it."""
+    index = torch.tensor(among if among is not None else range(pairs.setup.n))
+    parts = [pairs.batch(some) for some in index.split(batch)]
+    return torch.cat([sample(den, plan, noise=noise) for den, noise, _ in parts])
+
+
+def squared_errors(x: Tensor, target: Tensor) -> Tensor:
+    """(n,): each sample's mean squared distance to its target."""
+    return (x - target).square().flatten(1).mean(dim=1)
+
+
+def measure(plan: Plan, parts: Sequence[Pairs], distribution: Distribution) -> Score:
+    """The plan's score over all parts."""
+    x, target = torch.cat([endpoints(plan, p) for p in parts]), torch.cat([p.target for p in parts])
+    return Score(math.sqrt(float(squared_errors(x, target).mean())), math.sqrt(float(distribution.squared(x, target))))
+
+
+def rmse_of(plan: Plan, parts: Sequence[Pairs]) -> float:
+    """RMSE of a plan's samples to the targets of all parts."""
+    return math.sqrt(float(torch.cat([squared_errors(endpoints(plan, p), p.target) for p in parts]).mean()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,34 +16,43 @@ from torch import Tensor
 from ..errors import FastdiffError
 from ..files import write_bytes
 from ..plans import Plan
-from ..sampling import sample
-from .table import LearnedTable
-from .targets import Pairs
+from .features import Distribution
+from .table import Table
+from .targets import Pairs, Score, measure
+
+TARGET_STEP = 0.25  # of the relaxed target's radius: how far a start may move in one update
 
 
 @dataclass(frozen=True)
 class TuneConfig:
-    """What determines the plan, beside checkpoint, pairs and starting plan."""
+    """What determines the plan, beside checkpoint, pairs and starting table.
 
-    steps: int = 200
+    `relax` is the radius of the ball in which each training pair's start may move, in units of its own norm (LD3, Tong et al.
+    2024, eq. 8); `distribution` the weight of the MMD term; both 0 = off.
+    """
+
+    steps: int = 250
     batch: int = 32
     lr: float = 0.02
-    freedom: str = "full"
     seed: int = 0
     validate_every: int = 20
+    relax: float = 0.0
+    distribution: float = 0.0
     checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch < 1 or not self.lr > 0 or self.validate_every < 1:
-            raise FastdiffError(f"tuning needs steps, batch, validate_every >= 1 and lr > 0; given {asdict(self)}")
+        if self.steps < 1 or self.batch < 2 or not self.lr > 0 or self.validate_every < 1:
+            raise FastdiffError(f"tuning needs steps, validate_every >= 1, batch >= 2 and lr > 0; given {asdict(self)}")
+        if not (self.relax >= 0 and self.distribution >= 0):
+            raise FastdiffError(f"relax and distribution must not be negative; given {self.relax}, {self.distribution}")
 
 
 @dataclass
 class Progress:
     step: int
     loss: float
-    validation: float
-    start: float
+    best: Score
+    start: Score
 
 
 def endpoint_error(x: Tensor, target: Tensor, scale: float) -> Tensor:
@@ -53,36 +62,36 @@ def endpoint_error(x: Tensor, target: Tensor, scale: float) -> Tensor:
     return ((mse + scale**2).sqrt() - scale).mean()
 
 
-def paired_error(plan: Plan, pairs: Pairs) -> float:
-    """RMSE of a plan's samples to the targets of the pairs, as the executors run it."""
-    squared, n = 0.0, pairs.setup.n
-    for index in torch.arange(n).split(128):
-        den, noise, target = pairs.batch(index)
-        squared += float((sample(den, plan, noise=noise) - target).square().flatten(1).mean(dim=1).sum())
-    return math.sqrt(squared / n)
-
-
 class Tuner:
-    """Tunes one plan for one denoiser and budget; `run()` returns the best plan by validation, `state` resumes.
+    """Tunes one table for one denoiser and budget; `run()` returns the best plan by validation, `state` resumes.
+
+    Args:
+        table: what is trained; its plan as it stands is the one to beat.
+        train, validation: pairs, one set a guidance scale: the plan holds for all of them.
+        state: file from which an interrupted run goes on bit for bit.
 
     Raises:
-        FastdiffError: too few pairs, overlapping seeds, a network without gradients.
+        FastdiffError: too few pairs, seeds in both sets, a network without gradients, a state of another run.
     """
 
-    def __init__(self, plan: Plan, train: Pairs, validation: Pairs, config: TuneConfig, state: Path | None = None) -> None:
-        if train.setup.n < config.batch:
-            raise FastdiffError(f"{train.setup.n} pairs are fewer than one batch of {config.batch}: give more pairs")
-        a, b = ({*range(s.first_seed, s.first_seed + s.n)} for s in (train.setup, validation.setup))
+    def __init__(
+        self, table: Table, train: Sequence[Pairs], validation: Sequence[Pairs], config: TuneConfig, state: Path | None = None
+    ) -> None:
+        for part in train:
+            if part.setup.n < config.batch:
+                raise FastdiffError(f"{part.setup.n} pairs are fewer than one batch of {config.batch}: give more pairs")
+        a, b = ({i for p in parts for i in p.setup.seeds} for parts in (train, validation))
         if a & b:
             raise FastdiffError(f"training and validation share {len(a & b)} seeds: give other ones")
-        self.config, self.train, self.validation, self.state_path = config, train, validation, state
-        self.source = plan
-        self.table = LearnedTable(plan, train.denoiser.schedule, config.freedom)
-        trainable = [p for p in self.table.parameters() if p.requires_grad]
+        self.table, self.config, self.train, self.validation, self.state_path = table, config, train, validation, state
+        self.source = table.plan("start", {})
+        self.distribution = Distribution(torch.cat([p.target for p in validation]))
+        trainable = [p for p in table.parameters() if p.requires_grad]
         self.optimiser = torch.optim.Adam(trainable, lr=config.lr, eps=1e-15)  # gradients of late nodes are tiny
-        self.start_error = paired_error(plan, validation)
-        self.scale = self.start_error / 2
-        self.best, self.best_error, self.step = plan, self.start_error, 0
+        self.moved = [torch.zeros_like(p.noise) for p in train] if config.relax else []
+        self.start = measure(self.source, validation, self.distribution)
+        self.scale = max(self.start.rmse / 2, 1e-6)
+        self.best, self.best_score, self.step = self.source, self.start, 0
         self._check_gradients()
         if state is not None and state.exists():
             self._resume()
@@ -96,49 +105,45 @@ class Tuner:
                 self._consider()
                 self.save()
             if callback:
-                callback(Progress(self.step, loss, self.best_error, self.start_error))
+                callback(Progress(self.step, loss, self.best_score, self.start))
         return self.best
 
     def train_step(self) -> float:
         c = self.config
         generator = torch.Generator().manual_seed(c.seed * 1_000_003 + self.step)
-        den, noise, target = self.train.batch(torch.randperm(self.train.setup.n, generator=generator)[: c.batch])
-        for group in self.optimiser.param_groups:
-            group["lr"] = c.lr * (0.05 + 0.95 * (1 + math.cos(math.pi * self.step / c.steps)) / 2)
+        group = self.step % len(self.train)
+        pairs = self.train[group]
+        index = torch.randperm(pairs.setup.n, generator=generator)[: c.batch]
+        den, noise, target = pairs.batch(index)
+        if c.relax:
+            noise = (noise + self.moved[group][index]).requires_grad_()
+        for options in self.optimiser.param_groups:
+            options["lr"] = c.lr * (0.05 + 0.95 * (1 + math.cos(math.pi * self.step / c.steps)) / 2)
         x = self.table(den, noise * self.source.start[1], c.checkpointing)
         loss = endpoint_error(x, target, self.scale)
+        if c.distribution:
+            loss = loss + c.distribution * self.distribution.squared(x, target)
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         if all(bool(p.grad.isfinite().all()) for p in self.table.parameters() if p.grad is not None):
             self.optimiser.step()
+            if c.relax:
+                assert noise.grad is not None
+                self.moved[group][index] = relaxed(self.moved[group][index], noise.grad, c.relax)
         self.step += 1
         return float(loss.detach())
 
     def _consider(self) -> None:
-        candidate = self.table.plan(f"tuned-{len(self.source.rows)}", {})
-        error = paired_error(candidate, self.validation)
-        if error < self.best_error:
-            self.best, self.best_error = candidate, error
+        candidate = self.table.plan(self.source.name, {})
+        score = measure(candidate, self.validation, self.distribution)
+        if score.against(self.start) < self.best_score.against(self.start):
+            self.best, self.best_score = candidate, score
 
     def _check_gradients(self) -> None:
-        den, noise, _ = self.train.batch(torch.arange(2))
-        times = self.table.times()
-        x = noise * self.source.start[1]
-        d = den(x.requires_grad_(), times[0].detach().expand(2))
+        den, noise, _ = self.train[0].batch(torch.arange(2))
+        d = den((noise * self.source.start[1]).requires_grad_(), torch.full((2,), self.source.rows[0].t))
         if not d.requires_grad:
-            raise FastdiffError("the network passes no gradient from its output to its input: it cannot be tuned by gradients")
-
-    def provenance(self) -> dict[str, Any]:
-        """Where the best plan comes from: kept in its file."""
-        den = self.train.denoiser
-        return {
-            "tuned_for": {"checkpoint": den.hash, "prediction": den.prediction, "schedule": den.schedule.config(),
-                          "guidance": self.train.setup.guidance},
-            "started_from": self.source.name, "settings": asdict(self.config), "steps_done": self.step,
-            "train_seeds": [self.train.setup.first_seed, self.train.setup.n],
-            "validation_seeds": [self.validation.setup.first_seed, self.validation.setup.n],
-            "validation_rmse": {"before": self.start_error, "after": self.best_error},
-        }  # fmt: skip
+            raise FastdiffError("the network passes no gradient from its output to its input: tune it with --derivative-free")
 
     def save(self) -> None:
         """The state from which the run goes on bit for bit."""
@@ -146,17 +151,34 @@ class Tuner:
             return
         buffer = io.BytesIO()
         torch.save({
-            "settings": asdict(self.config), "source": self.source.to_json(), "step": self.step, "best": self.best.to_json(),
-            "best_error": self.best_error, "table": self.table.state_dict(), "optimiser": self.optimiser.state_dict(),
+            "identity": self._identity(), "step": self.step, "best": self.best.to_json(), "best_score": asdict(self.best_score),
+            "table": self.table.state_dict(), "optimiser": self.optimiser.state_dict(), "moved": self.moved,
         }, buffer)  # fmt: skip
         write_bytes(self.state_path, buffer.getvalue())
+
+    def _identity(self) -> dict[str, Any]:
+        """What another run would not share."""
+        parts = [[p.setup.first_seed, p.setup.n, p.setup.guidance] for p in (*self.train, *self.validation)]
+        return {
+            "settings": asdict(self.config), "source": self.source.to_json(), "table": type(self.table).__name__,
+            "pairs": parts, "checkpoint": self.train[0].denoiser.hash,
+        }  # fmt: skip
 
     def _resume(self) -> None:
         assert self.state_path is not None
         state = torch.load(self.state_path, weights_only=True)
-        if state["settings"] != asdict(self.config) or state["source"] != self.source.to_json():
+        if state["identity"] != self._identity():
             raise FastdiffError(f"{self.state_path} belongs to another tuning run: give its settings, or another --out")
-        self.step, self.best_error = state["step"], state["best_error"]
+        self.step, self.best_score, self.moved = state["step"], Score(**state["best_score"]), state["moved"]
         self.best = Plan.from_json(state["best"])
         self.table.load_state_dict(state["table"])
         self.optimiser.load_state_dict(state["optimiser"])
+
+
+def relaxed(moved: Tensor, gradient: Tensor, radius: float) -> Tensor:
+    """Moves each start (B, *) of unit noise a step down its own gradient, and back into the ball around the noise it was."""
+    dims = tuple(range(1, moved.ndim))
+    size = radius * math.sqrt(moved[0].numel())
+    norm = torch.linalg.vector_norm(gradient, dim=dims, keepdim=True).clamp_min(1e-30)
+    out = moved - TARGET_STEP * size * gradient / norm
+    return out * (size / torch.linalg.vector_norm(out, dim=dims, keepdim=True).clamp_min(size))
