@@ -4,6 +4,7 @@ model       installs a new checkpoint beside its hash (only with --checkpoint)
 converged   the endpoints of 256 seeds by which the demo measures paired errors without computing them
 quality     the figures of the model itself: a converged sampler at n = 10,000, and with guidance at n = 2,048
 quick, full the records of both presets, with their pictures; full-2048 the second half of the full preset, after it
+plans       the plans tuned for the checkpoint at 4 to 10 calls; tuned: their record on 2,048 seeds beside the best of a search
 card        the model card, from the checkpoint's own record and the figures above
 """
 
@@ -30,10 +31,11 @@ from ..checkpoints import load, native
 from ..denoiser import Denoiser
 from ..sampling import sample
 from ..shipped import FASHION_MNIST, write_hashed
+from . import tuned
 from .bench import BEST, FEW, best, measure
 from .console import console, progress_bar
 
-STAGES = ("model", "converged", "quality", "quick", "full", "full-2048", "card")
+STAGES = ("model", "converged", "quality", "plans", "tuned", "quick", "full", "full-2048", "card")
 QUALITY = {"solver": "ipndm-3", "grid": "beta", "nfe": 20}  # the converged sampler of the figures; its error is in the record
 PROBES = [Cell("unipc-2", "uniform_t", 20), Cell("ipndm-3", "beta", 20)]  # the smallest errors that a preset reports
 SIZES = ((10_000, 1.0), (2048, 2.0))  # (n, guidance): what the model card says
@@ -185,6 +187,11 @@ def main() -> None:
             quality(denoiser, args.records)
         elif stage in ("quick", "full", "full-2048"):
             preset(denoiser, stage, args.work, args.records)
+        elif stage == "plans":
+            tuned.plans(denoiser, args.work / "tuned")
+            denoiser = load("fashion-mnist")
+        elif stage == "tuned":
+            tuned.tuned(denoiser, args.work, args.records)
         elif stage == "card":
             card(denoiser, args.records)
 

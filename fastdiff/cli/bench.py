@@ -28,6 +28,7 @@ def bench(
     n: Annotated[int, typer.Option(help="images a cell; 0 = the preset's")] = 0,
     guidance: Annotated[float, typer.Option(help="classifier-free guidance scale; 1 = none")] = 1.0,
     plan: Annotated[list[Path] | None, typer.Option(help="a saved plan to measure too (may be given more than once)")] = None,
+    force: Annotated[bool, typer.Option("--force", help="measure plans tuned for another checkpoint or guidance")] = False,
     first_seed: Annotated[int, typer.Option(min=0)] = 0,
     batch: Annotated[int, typer.Option(min=1)] = 128,
     inception: Annotated[Path | None, typer.Option(help="FID's Inception weights (pt_inception-2015-12-05), with --data")] = None,
@@ -42,7 +43,7 @@ def bench(
     from ..bench.scoring import InceptionScorer, scorer_for
     from ..checkpoints import load
     from ..errors import FastdiffError
-    from ..plans import Plan
+    from .plans import load_plan
 
     need_matplotlib()
     if preset not in ("quick", "full"):
@@ -56,10 +57,10 @@ def bench(
         chosen = cells(names, _names(grids) or None, _numbers(nfe))
     else:
         chosen = quick_cells() if preset == "quick" else full_cells()
-    for path in plan or ():
-        saved = Plan.load(path)
-        chosen.append(Cell(path.stem, "plan", saved.nfe, saved))
     denoiser = load(checkpoint)
+    for path in plan or ():
+        saved = load_plan(path, denoiser, guidance, force)
+        chosen.append(Cell(path.stem, "plan", saved.nfe, saved))
     scorer = InceptionScorer(inception, data) if inception and data else scorer_for(denoiser)
     setup = Setup(n or (128 if preset == "quick" else 256), first_seed, guidance, batch)
     measured = measure(denoiser, chosen, setup, out, scorer)
@@ -92,12 +93,15 @@ def demo(
     measure(denoiser, quick_cells(), Setup(128), out, scorer_for(denoiser))
 
 
-def measure(denoiser: Denoiser, cells: list[Cell], setup: Setup, out: Path, scorer: Scorer | None) -> Bench:
+def measure(
+    denoiser: Denoiser, cells: list[Cell], setup: Setup, out: Path, scorer: Scorer | None, paired_n: int = 0
+) -> Bench:
     """Runs the cells with a progress bar and writes everything; what is finished when interrupted is kept."""
     from ..bench import Bench, pictures, report, results
+    from ..bench.runner import PAIRED
     from ..bench.tables import table
 
-    run = Bench(denoiser, setup, out, scorer)
+    run = Bench(denoiser, setup, out, scorer, paired_n or PAIRED)
     total = run.cost(cells)
     with progress_bar() as bar:
         task = bar.add_task("benchmark", total=total)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..denoiser import Denoiser
     from ..plans import Plan
 
-SOLVER, NFE = "unipc-2", 10
+SOLVER, NFE = "unipc-2", 10  # the solver where only a grid or an end is given
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Method:
 
 def sample(
     checkpoint: Annotated[str, typer.Argument(help=CHECKPOINT_HELP)] = "fashion-mnist",
-    solver: Annotated[str | None, typer.Option(help=f"see `fastdiff solvers`; default {SOLVER}")] = None,
+    solver: Annotated[str | None, typer.Option(help="see `fastdiff solvers`; default the tuned plan, or auto")] = None,
     nfe: Annotated[int | None, typer.Option(min=1, help=f"evaluations of the denoiser; default {NFE}")] = None,
     grid: Annotated[str | None, typer.Option(help="time grid; default the solver's recommended one")] = None,
     end: Annotated[str | None, typer.Option(help="zero (clean data, default) or sigma_min")] = None,
@@ -43,6 +43,7 @@ def sample(
     classes: Annotated[
         str | None, typer.Option(help="numbers, names or all: every seed in each; default: seed mod number of classes")
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="use a plan tuned for another checkpoint or guidance")] = False,
     guidance: Annotated[float, typer.Option(min=0, help="classifier-free guidance scale; 1 = none")] = 1.0,
     out: Annotated[Path, typer.Option(help="folder for the pictures and grid.png")] = Path("out/samples"),
     batch: Annotated[int, typer.Option(min=1, help="samples at once")] = 64,
@@ -70,7 +71,7 @@ def sample(
     names = class_names(denoiser, checkpoint)
     wanted = requests(numbers, parse_classes(classes, names), names)
     _check_network(denoiser, guidance)
-    method = _adaptive(rtol, atol) if adaptive else _fixed(_plan(denoiser, plan, fixed))
+    method = _adaptive(rtol, atol) if adaptive else _fixed(_plan(denoiser, plan, fixed, guidance, force))
     began = time.perf_counter()
     images, calls = _run(denoiser, method, wanted, batch, guidance)
     seconds = time.perf_counter() - began
@@ -107,34 +108,24 @@ def _check_network(denoiser: Denoiser, guidance: float) -> None:
         )
 
 
-def _plan(denoiser: Denoiser, path: Path | None, fixed: dict[str, str | int | None]) -> Plan:
-    """The plan asked for; without any wish the one the checkpoint ships with, else the default solver and budget."""
-    from ..plans import Plan
+def _plan(
+    denoiser: Denoiser, path: Path | None, fixed: dict[str, str | int | None], guidance: float, force: bool
+) -> Plan:
+    """The plan asked for; without any wish the one the checkpoint ships with, or is tuned for it, else a hand-made one."""
     from ..solvers import plan as make
+    from .plans import guided, load_plan
 
     if path is not None:
-        loaded = Plan.load(path)
-        _check_schedule(loaded, denoiser, path)
-        return loaded
+        return load_plan(path, denoiser, guidance, force)
     if denoiser.plan is not None and all(value is None for value in fixed.values()):
         return denoiser.plan
-    nfe, grid = fixed["--nfe"], fixed["--grid"]
+    nfe, grid = int(fixed["--nfe"] or NFE), fixed["--grid"]
+    if all(fixed[name] is None for name in ("--solver", "--grid", "--end")):
+        return make("auto", guided(denoiser, guidance), nfe)
     return make(
-        str(fixed["--solver"] or SOLVER), denoiser, nfe=int(nfe) if nfe is not None else NFE,
+        str(fixed["--solver"] or SOLVER), denoiser, nfe=nfe,
         grid=None if grid is None else str(grid), end=str(fixed["--end"] or "zero"),
     )  # fmt: skip
-
-
-def _check_schedule(plan: Plan, denoiser: Denoiser, path: Path) -> None:
-    """A plan made for another noise schedule gives noise for images, and nothing else would say so."""
-    schedule, row = denoiser.schedule, plan.rows[0]
-    inside = all(schedule.t_min * (1 - 1e-6) <= r.t <= schedule.t_max * (1 + 1e-6) for r in plan.rows if r.calls)
-    alpha, sigma = float(schedule.alpha(row.t)), float(schedule.sigma(row.t))
-    if not inside or abs(alpha - row.alpha) > 1e-3 or abs(sigma - row.sigma) > 1e-3 * max(sigma, 1.0):
-        raise FastdiffError(
-            f"{path} was made for another noise schedule than this checkpoint's {schedule.name}: at t = {row.t:g} it "
-            f"has alpha {row.alpha:.4g}, sigma {row.sigma:.4g}, the checkpoint {alpha:.4g}, {sigma:.4g}"
-        )
 
 
 def _fixed(plan: Plan) -> Method:
@@ -146,7 +137,7 @@ def _fixed(plan: Plan) -> Method:
         calls = sum(denoiser.calls_at(t) if isinstance(denoiser, Guided) else denoiser.calls for t in times)
         return run_plan(denoiser, plan, seeds=seeds), [calls] * len(seeds)
 
-    return Method(f"{plan.name}, {plan.nfe} evaluations", run)
+    return Method(f"{plan.provenance.get('auto', plan.name)}, {plan.nfe} evaluations", run)
 
 
 def _adaptive(rtol: float | None, atol: float | None) -> Method:

@@ -61,7 +61,7 @@ def tune(
     if search:
         ranking(denoiser, nfe, _pairs(denoiser, validates, cache), out)
         return
-    starts = _starts(denoiser, start, grid, nfe, freedom, force)
+    starts = _starts(denoiser, start, grid, nfe, freedom, scales[0], force)
     trains = [Setup(pairs, TRAIN_SEED, scale) for scale in scales]
     found = _pairs(denoiser, [*trains, *validates], cache)
     train, held = found[: len(scales)], found[len(scales) :]
@@ -132,42 +132,28 @@ def ranking(denoiser: Denoiser, nfe: int, pairs: list[Pairs], out: Path) -> None
 
 
 def _starts(
-    denoiser: Denoiser, start: str | None, grid: str | None, nfe: int, freedom: str, force: bool
+    denoiser: Denoiser, start: str | None, grid: str | None, nfe: int, freedom: str, scale: float, force: bool
 ) -> list[Table]:
     """The tables to start from; where none is asked for, a few that keep no call for the last, least noisy level."""
     from ..errors import FastdiffError
-    from ..plans import Plan
     from ..solvers import plan
     from ..solvers.registry import find, recommended_grid
     from ..tuning import LearnedTable, SolverNodes, starts
+    from .plans import load_plan
 
     if grid and not start:
         raise FastdiffError("--grid goes with --start")
     if start and start.endswith(".json"):
-        loaded = Plan.load(start)
+        loaded = load_plan(start, denoiser, scale, force)
         if grid or freedom == "nodes":
             raise FastdiffError("a plan file has its own weights: leave out --grid, and choose --freedom coefficients or full")
         if loaded.nfe != nfe:
             raise FastdiffError(f"{start} makes {loaded.nfe} evaluations: give --nfe {loaded.nfe}, or another start")
-        check_fits(loaded, denoiser, start, force)
         return [LearnedTable(loaded, denoiser.schedule, freedom)]
     pairs = [(start, grid or recommended_grid(find(start), denoiser.schedule))] if start else starts(denoiser.schedule)
     if freedom == "nodes":
         return [SolverNodes(s, denoiser.schedule, nfe, g) for s, g in pairs]
     return [LearnedTable(plan(s, denoiser, nfe, grid=g), denoiser.schedule, freedom, f"{s} · {g}") for s, g in pairs]
-
-
-def check_fits(plan: Plan, denoiser: Denoiser, path: str | Path, force: bool) -> None:
-    """Refuses a plan that was tuned for another checkpoint, prediction, schedule or guidance.
-
-    Raises:
-        FastdiffError: it was, and `force` is not set.
-    """
-    from ..errors import FastdiffError
-
-    why = denoiser.why_not(plan)
-    if why and not force:
-        raise FastdiffError(f"{path}: {why}; --force uses it all the same")
 
 
 def _pairs(denoiser: Denoiser, setups: list[Any], cache: Path) -> list[Pairs]:

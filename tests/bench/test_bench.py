@@ -81,7 +81,7 @@ def test_converge_doubles_until_it_is_fine_enough():
         return torch.full((n, 1), 1 / steps)
 
     found = converge(endpoints, 64, [torch.full((64, 1), 0.05)])
-    assert asked == [(40, 32), (80, 32), (160, 32), (320, 32), (320, 64)] and found.steps == 320
+    assert asked == [(40, 32), (80, 32), (160, 32), (320, 32), (160, 64), (320, 64)] and found.steps == 320
     assert found.movement == pytest.approx(1 / 160 - 1 / 320)
     assert found.ok_for(0.0469) and not found.ok_for(0.031)
 
@@ -208,11 +208,10 @@ def test_no_judge_for_a_model_of_other_data():
         (["--plan", "nowhere.json"], "nowhere.json"),
     ],
 )
-def test_bad_input_is_one_line(tmp_path, arguments, said):
+def test_bad_input_is_one_line(fastdiff, tmp_path, arguments, said):
     checkpoint = tiny.checkpoint(tmp_path / "m.safetensors")
-    command = [sys.executable, "-m", "fastdiff", "bench", str(checkpoint), "--out", str(tmp_path / "out"), *arguments]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert run.returncode == 2 and said in run.stderr and run.stderr.strip().count("\n") == 0
+    code, _, err = fastdiff("bench", checkpoint, "--out", tmp_path / "out", *arguments)
+    assert code == 2 and said in err and err.strip().count("\n") == 0
     assert not (tmp_path / "out").exists()
 
 

@@ -138,7 +138,7 @@ def test_blur_costs_more_in_distribution_than_it_saves_in_error():
 
 
 def test_halving_finds_the_best_of_the_registry(data):
-    den, _, validation, _ = data
+    _, _, validation, _ = data
     plans = candidates(SCHEDULE, 5)
     assert len({p.name for p in plans}) == len(plans) > 50 and all(p.nfe == 5 for p in plans)
     done = []
