@@ -89,6 +89,12 @@ def cells(solvers: Sequence[str], grids: Sequence[str] | None, nfes: Sequence[in
     return list(dict.fromkeys(out))
 
 
+def tuned_cells(denoiser: Denoiser, setup: Setup) -> list[Cell]:
+    """The plans tuned for this checkpoint and guidance, as one line."""
+    den = setup.batches(denoiser)[0][1]
+    return [Cell("tuned", "plan", plan.nfe, plan) for plan in den.tuned if den.why_not(plan) is None]
+
+
 def quick_cells() -> list[Cell]:
     """Five solvers at NFE 5, 8, 10, 20, and DDIM at 50."""
     return [*cells(QUICK_SOLVERS, None, NFES), *cells(("ddim",), None, (50,))]

@@ -5,7 +5,7 @@ converged   the endpoints of 256 seeds by which the demo measures paired errors 
 quality     the figures of the model itself: a converged sampler at n = 10,000, and with guidance at n = 2,048
 quick, full the records of both presets, with their pictures; full-2048 the second half of the full preset, after it
 plans       the plans tuned for the checkpoint at 4 to 10 calls; tuned: their record on 2,048 seeds beside the best of a search
-card        the model card, from the checkpoint's own record and the figures above
+card        the model card and the README's figures, from the checkpoint's own record and those above
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 
 from .. import files
 from ..bench import Bench
-from ..bench.cells import Cell, Setup, full_cells, quick_cells
+from ..bench.cells import Cell, Setup, full_cells, quick_cells, tuned_cells
 from ..bench.converged import GRID, SHIPPED_FILE, SOLVER, rmse, shipped
 from ..bench.results import versions
 from ..bench.runner import PAIRED
@@ -31,7 +31,7 @@ from ..checkpoints import load, native
 from ..denoiser import Denoiser
 from ..sampling import sample
 from ..shipped import FASHION_MNIST, write_hashed
-from . import tuned
+from . import figures, tuned
 from .bench import BEST, FEW, best, measure
 from .console import console, progress_bar
 
@@ -100,6 +100,7 @@ def preset(denoiser: Denoiser, name: str, work: Path, out: Path) -> None:
     """The record of a preset: its figures and pictures go to `out`, the cells stay in the work folder."""
     scorer = JudgeScorer()
     chosen, n = (quick_cells(), 128) if name == "quick" else (full_cells(), 256)
+    chosen += tuned_cells(denoiser, Setup(n))
     if name == "full-2048":
         first = Bench(denoiser, Setup(n), work / "full", scorer)
         first.run(chosen)  # from the cells that `full` left, where it ran
@@ -194,6 +195,7 @@ def main() -> None:
             tuned.tuned(denoiser, args.work, args.records)
         elif stage == "card":
             card(denoiser, args.records)
+            figures.write(args.records.parent.parent / "README.md", args.records)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def bench(
 ) -> None:
     """Measure solvers, grids and budgets on a checkpoint; write a table, two pictures and a report."""
     from ..bench import Setup, full_cells, quick_cells
-    from ..bench.cells import Cell, cells
+    from ..bench.cells import Cell, cells, tuned_cells
     from ..bench.pictures import need_matplotlib
     from ..bench.scoring import InceptionScorer, scorer_for
     from ..checkpoints import load
@@ -63,6 +63,8 @@ def bench(
         chosen.append(Cell(path.stem, "plan", saved.nfe, saved))
     scorer = InceptionScorer(inception, data) if inception and data else scorer_for(denoiser)
     setup = Setup(n or (128 if preset == "quick" else 256), first_seed, guidance, batch)
+    if not (solvers or grids):
+        chosen += tuned_cells(denoiser, setup)
     measured = measure(denoiser, chosen, setup, out, scorer)
     if preset == "full" and not n:
         console.print(f"\nthe best {BEST} of each NFE again, with 2,048 images")
@@ -71,26 +73,28 @@ def bench(
 
 
 def best(measured: Bench, chosen: list[Cell]) -> list[Cell]:
-    """The cells with the smallest paired error at each small NFE, and DDIM beside them."""
+    """The cells with the smallest paired error at each small NFE, and tuned plans and DDIM beside them."""
     from ..bench.tables import ordered
 
-    ranked = [(r["line"], r["nfe"]) for r in ordered(measured.records)]
+    ranked = [(r["line"], r["nfe"]) for r in ordered(measured.records) if r["grid"] != "plan"]
     small = {nfe for _, nfe in ranked if nfe <= FEW}
     kept = {key for nfe in small for key in [k for k in ranked if k[1] == nfe][:BEST]}
-    return [c for c in chosen if (c.line, c.nfe) in kept or (c.line == "ddim · uniform_t" and c.nfe in small)]
+    return [c for c in chosen if (c.line, c.nfe) in kept or c.saved or (c.line == "ddim · uniform_t" and c.nfe in small)]
 
 
 def demo(
     out: Annotated[Path, typer.Option(help="folder for the results")] = Path("out/demo"),
 ) -> None:
-    """The main job on the shipped model: five solvers at 5 to 20 network calls, DDIM at 50, in a few minutes."""
+    """The main job on the shipped model: five solvers and the tuned plans at 4 to 20 network calls, in a few minutes."""
     from ..bench import Setup, quick_cells
+    from ..bench.cells import tuned_cells
     from ..bench.scoring import scorer_for
     from ..checkpoints import load
 
     denoiser = load("fashion-mnist")
     console.print("the shipped model: class-conditional Fashion-MNIST, 28x28; the same noise for every solver")
-    measure(denoiser, quick_cells(), Setup(128), out, scorer_for(denoiser))
+    setup = Setup(128)
+    measure(denoiser, [*quick_cells(), *tuned_cells(denoiser, setup)], setup, out, scorer_for(denoiser))
 
 
 def measure(

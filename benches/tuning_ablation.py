@@ -1,0 +1,154 @@
+"""What each freedom, each number of pairs and each option of `fastdiff tune` is worth on the shipped model, at five calls.
+
+    python benches/tuning_ablation.py [--data fashion_mnist.npz]     # results/tuned/ablation.json; an hour on two cores
+
+Every variant has the same start, seeds and number of steps; errors are on 512 seeds that no plan saw. Finished variants are
+kept in the work folder. With --data the transfer to a fine-tuned checkpoint is measured too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import fastdiff as fd
+from fastdiff import files
+from fastdiff.bench.cells import Setup
+from fastdiff.bench.results import versions
+from fastdiff.cli.tuned import BUDGETS
+from fastdiff.metrics import bootstrap
+from fastdiff.plans import Plan
+from fastdiff.training.data import batch_indices, load_images
+from fastdiff.training.losses import noised, sample_times
+from fastdiff.tuning import LearnedTable, Pairs, SolverNodes, Table, TuneConfig, Tuner, make_pairs
+from fastdiff.tuning.features import Distribution
+from fastdiff.tuning.targets import Score, endpoints, measure, squared_errors
+
+NFE, STEPS, START = 5, 100, ("unipc-3", "uniform_t")
+TRAIN, HELD, TEST = 2_000_000, 1_000_000, 0  # first seeds
+HAND_MADE = [("ipndm-2", "beta"), ("ipndm-3", "beta"), ("unipc-3", "uniform_t"), ("dpmpp-3s", "uniform_t"), ("ddim", "uniform_t")]
+GUIDANCE = 2.0
+FINE_TUNING_STEPS, FINE_TUNING_LR, FINE_TUNED_ON = 200, 1e-4, [5, 7, 9]  # batches of 64, of shoes only
+
+# what is varied: (freedom, pairs, settings)
+VARIANTS: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "full": ("full", 512, {}),
+    "coefficients": ("coefficients", 512, {}),
+    "nodes": ("nodes", 512, {}),
+    "full, 128 pairs": ("full", 128, {}),
+    "full, 2,048 pairs": ("full", 2048, {}),
+    "full, relaxed target 0.02": ("full", 512, {"relax": 0.02}),
+    "full, distribution term 1": ("full", 512, {"distribution": 1.0}),
+}
+
+
+def table(den: fd.Denoiser, freedom: str) -> Table:
+    solver, grid = START
+    if freedom == "nodes":
+        return SolverNodes(solver, den.schedule, NFE, grid)
+    return LearnedTable(fd.plan(solver, den, NFE, grid=grid), den.schedule, freedom)
+
+
+def row(plan: Plan, test: Pairs) -> dict[str, Any]:
+    """RMSE with its interval, and the MMD of random features, on the test pairs."""
+    error = squared_errors(endpoints(plan, test), test.target).double()
+    found = bootstrap(lambda rows: float(error[rows].mean().sqrt()), len(error))
+    score: Score = measure(plan, [test], Distribution(test.target))
+    return {"rmse": found.value, "rmse_lo": found.lo, "rmse_hi": found.hi, "mmd": score.mmd, "n": len(error)}
+
+
+def variants(den: fd.Denoiser, work: Path, pairs: Callable[[fd.Denoiser, Setup], Pairs]) -> dict[str, Any]:
+    test, held = pairs(den, Setup(512, TEST)), pairs(den, Setup(256, HELD))
+    out: dict[str, Any] = {}
+    for name, (freedom, n, settings) in VARIANTS.items():
+        path = work / f"{name.replace(' ', '_').replace(',', '')}.json"
+        if not path.exists():
+            config, began = TuneConfig(steps=STEPS, lr=0.05, validate_every=25, **settings), time.monotonic()
+            best = Tuner(table(den, freedom), [pairs(den, Setup(n, TRAIN))], [held], config).run()
+            replace(best, provenance={"seconds": time.monotonic() - began}).save(path)
+        plan = Plan.load(path)
+        out[name] = {"freedom": freedom, "pairs": n, **settings, "seconds": plan.provenance["seconds"], **row(plan, test)}
+        print(name, json.dumps(out[name]), flush=True)
+    for solver, grid in HAND_MADE:
+        out[f"hand-made: {solver} · {grid}"] = row(fd.plan(solver, den, NFE, grid=grid), test)
+    return out
+
+
+def transfer(den: fd.Denoiser, others: fd.Denoiser, setup: Setup, pairs: Callable[[fd.Denoiser, Setup], Pairs]) -> dict[str, Any]:
+    """The shipped tuned plans, made for `den` without guidance, on another denoiser or setup, beside hand-made ones."""
+    test, out = pairs(others, setup), {}
+    for nfe in (5, 8):
+        plan = next(p for p in den.tuned if p.nfe == nfe)
+        rows = {"tuned": row(plan, test)}
+        rows |= {f"{s} · {g}": row(fd.plan(s, others, nfe, grid=g), test) for s, g in HAND_MADE}
+        out[str(nfe)] = rows
+        print(nfe, json.dumps({k: round(v["rmse"], 4) for k, v in rows.items()}), flush=True)
+    return out
+
+
+def fine_tuned(den: fd.Denoiser, data: Path, path: Path) -> fd.Denoiser:
+    """The shipped network after a short training on some of its classes, by its own loss."""
+    network = copy.deepcopy(den.network)
+    assert isinstance(network, nn.Module)
+    other = copy.copy(den)
+    other.network, other.hash = network, "fine-tuned"
+    if path.exists():
+        network.load_state_dict(torch.load(path, weights_only=True))
+        return other
+    images = load_images(data)
+    assert images.y is not None
+    kept = torch.isin(images.y, torch.tensor(FINE_TUNED_ON)).nonzero().flatten()
+    network.train().requires_grad_(True)
+    optimiser = torch.optim.AdamW(network.parameters(), lr=FINE_TUNING_LR)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(FINE_TUNING_STEPS):
+        index = kept[batch_indices(len(kept), 64, step, 0)]
+        x0, t = images.x[index].float() / 127.5 - 1, sample_times(den.schedule, len(index), "uniform", generator)
+        x, _, _, sigma = noised(x0, t, den.schedule, generator)
+        denoised = other.bind(class_labels=images.y[index])(x, t)
+        loss = ((denoised - x0).square() / sigma.square()).mean()  # (D - x0)^2 / sigma^2 = (F - v)^2
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    network.eval().requires_grad_(False)
+    torch.save(network.state_dict(), path)
+    return other
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="the data set, to fine-tune on")
+    parser.add_argument("--work", type=Path, default=Path("out/artefacts/ablation"))
+    parser.add_argument("--cache", type=Path, default=Path("out/artefacts/tuned/pairs"))
+    parser.add_argument("--out", type=Path, default=Path("benches/results/tuned/ablation.json"))
+    args = parser.parse_args()
+    den = fd.load("fashion-mnist")
+    args.work.mkdir(parents=True, exist_ok=True)
+
+    def pairs(d: fd.Denoiser, setup: Setup) -> Pairs:
+        return make_pairs(d, setup, args.cache if d is den else args.work)
+
+    record: dict[str, Any] = {
+        "checkpoint": den.hash, "nfe": NFE, "steps": STEPS, "start": " · ".join(START), "versions": versions(),
+        "variants": variants(den, args.work, pairs),
+    }  # fmt: skip
+    assert {p.nfe for p in den.tuned} == set(BUDGETS)
+    record["guidance"] = {"scale": GUIDANCE, **transfer(den, den, Setup(256, TEST, GUIDANCE), pairs)}
+    if args.data:
+        other = fine_tuned(den, args.data, args.work / "fine-tuned.pt")
+        settings = {"steps": FINE_TUNING_STEPS, "batch": 64, "lr": FINE_TUNING_LR, "classes": FINE_TUNED_ON}
+        record["fine_tuned"] = {**settings, **transfer(den, other, Setup(256, TEST), pairs)}
+    files.write_text(args.out, json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

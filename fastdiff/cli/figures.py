@@ -1,0 +1,71 @@
+"""The figures in the README, written from the committed records: `make artefacts` puts them there, a test compares."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .. import files
+
+START, END = "<!-- figures -->\n", "<!-- end of figures -->"
+LINES = ("ddim · uniform_t", "dpmpp-2m · uniform_lambda", "unipc-2 · uniform_t", "ipndm-3 · beta", "tuned")
+BUDGETS = (5, 8, 10, 20)
+
+
+def text(records: Path) -> str:
+    """The block between the README's marks."""
+    full, tuned, quality = (
+        json.loads((records / name).read_text()) for name in ("full/results.json", "tuned/results.json", "quality.json")
+    )
+    return "\n\n".join([_solvers(full), _tuned(tuned), _model(quality)]) + "\n"
+
+
+def write(readme: Path, records: Path) -> None:
+    """Replaces the block in the README."""
+    before, rest = readme.read_text().split(START)
+    after = rest.split(END)[1]
+    files.write_text(readme, before + START + text(records) + END + after)
+
+
+def _solvers(record: dict[str, Any]) -> str:
+    values = {(r["line"], r["nfe"]): r["rmse"] for r in record["cells"] if "rmse" in r}
+    rows = [
+        f"| `{line}` | " + " | ".join(f"{values[line, n]:.3f}" if (line, n) in values else "-" for n in BUDGETS) + " |"
+        for line in LINES
+    ]
+    head = (
+        f"Paired RMSE on the shipped model, n = {record['setup']['n']} ([the whole record](benches/results/full/results.csv), "
+        "every\nsolver and grid):"
+    )
+    columns = "| solver · grid | " + " | ".join(f"{n} calls" for n in BUDGETS) + " |"
+    return "\n".join([head, "", columns, "|---" * (len(BUDGETS) + 1) + "|", *rows])
+
+
+def _tuned(record: dict[str, Any]) -> str:
+    rows = [
+        f"| {b['nfe']} | `{b['hand_made']}` | {b['rmse_hand_made']:.4f} | {b['rmse_tuned']:.4f} | {b['rmse_ratio']:.2f} | "
+        f"{b['fd_excess_hand_made']:.4f} | {b['fd_excess_tuned']:.4f} | {b['seconds'] / 60:.0f} min |"
+        for b in record["tuning"]["budgets"]
+    ]
+    candidates = [b["search"]["candidates"] for b in record["tuning"]["budgets"]]
+    head = (
+        f"Learned plans against the best hand-made ones, found by searching the whole registry ({min(candidates)} to "
+        f"{max(candidates)} solver and grid\npairs) on 256 seeds; figures on {record['setup']['n']:,} seeds that neither saw "
+        "([record](benches/results/tuned/results.json)). Excess: FD-clf\nbeyond the converged ODE's."
+    )
+    columns = "| calls | best hand-made | its RMSE | tuned | ratio | its excess | tuned | tuning took |"
+    return "\n".join([head, "", columns, "|---" * 8 + "|", *rows])
+
+
+def _model(record: dict[str, Any]) -> str:
+    rows = {row["guidance"]: row for row in record["rows"]}
+    plain, guided = rows[1.0], rows[2.0]
+    real = record["anchors"][str(plain["n"])]["fd_clf"]
+    sampler = record["sampler"]
+    return (
+        f"The model itself, with a sampler that lies {record['rmse']:.4f} from the converged ODE ({sampler['solver']}, "
+        f"{sampler['nfe']} calls): the judge finds the\nasked-for class in {plain['class_accuracy']:.1%} of {plain['n']:,} images (recall "
+        f"{plain['recall']:.2f}, FD-clf {plain['fd_clf']:.3f}; real test images: {real:.4f}), and in\n"
+        f"{guided['class_accuracy']:.1%} of {guided['n']:,} at guidance scale 2 (recall {guided['recall']:.2f})."
+    )
