@@ -65,7 +65,7 @@ def _model(record: dict[str, Any]) -> str:
     sampler = record["sampler"]
     return (
         f"The model itself, with a sampler that lies {record['rmse']:.4f} from the converged ODE ({sampler['solver']}, "
-        f"{sampler['nfe']} calls): the judge finds the\nasked-for class in {plain['class_accuracy']:.1%} of {plain['n']:,} images (recall "
-        f"{plain['recall']:.2f}, FD-clf {plain['fd_clf']:.3f}; real test images: {real:.4f}), and in\n"
-        f"{guided['class_accuracy']:.1%} of {guided['n']:,} at guidance scale 2 (recall {guided['recall']:.2f})."
+        f"{sampler['nfe']} calls): the judge finds the\nasked-for class in {plain['class_accuracy']:.1%} of {plain['n']:,} "
+        f"images (recall {plain['recall']:.2f}, FD-clf {plain['fd_clf']:.3f}; real test images: {real:.4f}),\n"
+        f"and in {guided['class_accuracy']:.1%} of {guided['n']:,} at guidance scale 2 (recall {guided['recall']:.2f})."
     )

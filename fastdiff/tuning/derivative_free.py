@@ -24,7 +24,7 @@ from ..plans import Plan
 from .features import Distribution
 from .nodes import SolverNodes
 from .targets import Pairs, endpoints, measure
-from .tune import Progress, endpoint_error
+from .tune import Progress, check, endpoint_error
 
 RADIUS = 0.5, 0.02  # of the trust region, first and last, in the logarithms of the steps' shares of the way
 
@@ -53,8 +53,7 @@ class NodeSearch:
         self, table: SolverNodes, train: Sequence[Pairs], validation: Sequence[Pairs], config: SearchConfig,
         state: Path | None = None,
     ) -> None:  # fmt: skip
-        if min(p.setup.n for p in train) < config.batch:
-            raise FastdiffError(f"{min(p.setup.n for p in train)} pairs are fewer than --batch {config.batch}: give more pairs")
+        check(table, train, validation, config.batch)
         self.table, self.config, self.train, self.validation, self.state_path = table, config, train, validation, state
         self.source = table.plan("start", {})
         self.distribution = Distribution(torch.cat([p.target for p in validation]))

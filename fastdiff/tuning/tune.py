@@ -62,6 +62,22 @@ def endpoint_error(x: Tensor, target: Tensor, scale: float) -> Tensor:
     return ((mse + scale**2).sqrt() - scale).mean()
 
 
+def check(table: Table, train: Sequence[Pairs], validation: Sequence[Pairs], batch: int) -> None:
+    """
+    Raises:
+        FastdiffError: fewer pairs than a batch, seeds in both sets, targets from another noise schedule than the table's.
+    """
+    if (fewest := min(p.setup.n for p in train)) < batch:
+        raise FastdiffError(f"{fewest} pairs are fewer than one batch of {batch}: give more pairs")
+    a, b = ({i for p in parts for i in p.setup.seeds} for parts in (train, validation))
+    if a & b:
+        raise FastdiffError(f"training and validation share {len(a & b)} seeds: give other ones")
+    mine = table.schedule.config()
+    for other in (p.denoiser.schedule.config() for p in (*train, *validation)):
+        if other != mine:
+            raise FastdiffError(f"the targets are from schedule {other}, the plan is on {mine}: make both from one denoiser")
+
+
 class Tuner:
     """Tunes one table for one denoiser and budget; `run()` returns the best plan by validation, `state` resumes.
 
@@ -77,12 +93,7 @@ class Tuner:
     def __init__(
         self, table: Table, train: Sequence[Pairs], validation: Sequence[Pairs], config: TuneConfig, state: Path | None = None
     ) -> None:
-        for part in train:
-            if part.setup.n < config.batch:
-                raise FastdiffError(f"{part.setup.n} pairs are fewer than one batch of {config.batch}: give more pairs")
-        a, b = ({i for p in parts for i in p.setup.seeds} for parts in (train, validation))
-        if a & b:
-            raise FastdiffError(f"training and validation share {len(a & b)} seeds: give other ones")
+        check(table, train, validation, config.batch)
         self.table, self.config, self.train, self.validation, self.state_path = table, config, train, validation, state
         self.source = table.plan("start", {})
         self.distribution = Distribution(torch.cat([p.target for p in validation]))

@@ -157,6 +157,11 @@ def test_what_cannot_be_tuned_is_refused(data):
         Tuner(table(), [train], [validation], TuneConfig(batch=1000))
     with pytest.raises(FastdiffError, match="share"):
         Tuner(table(), [train], [train], TuneConfig())
+    elsewhere = LearnedTable(fd.plan("ddim", fd.schedule.flow(), 4), fd.schedule.flow())
+    with pytest.raises(FastdiffError, match="targets are from schedule"):
+        Tuner(elsewhere, [train], [validation], TuneConfig())
+    with pytest.raises(FastdiffError, match="more pairs"):
+        NodeSearch(SolverNodes("ddim", SCHEDULE, 4), [train], [validation], SearchConfig(batch=1000))
     with pytest.raises(FastdiffError, match="no gradient"):
         Tuner(table(), [pairs(Frozen(), 32, 0)], [validation], TuneConfig())
     for bad in ({"lr": math.nan}, {"batch": 1}, {"relax": -1.0}):
