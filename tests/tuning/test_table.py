@@ -100,6 +100,22 @@ def test_gradients_of_a_learned_table_are_those_of_finite_differences():
     check_gradients(table, x, [(nodes, 0), (nodes, 2), (weights, (1, 0)), (weights, (3, 2)), (told, 1), (told, 3)])
 
 
+def test_gradients_pass_through_a_denoiser_to_the_times():
+    """The network's own preconditioning depends on the time too: c_noise, c_skip and c_out, here of a v prediction."""
+    den = fd.Denoiser(lambda x, t: torch.tanh(x) * (1 + t.view(-1, 1)), SCHEDULE, "v")
+    table = LearnedTable(fd.plan("dpmpp-2m", SCHEDULE, 4, grid="uniform_t"), SCHEDULE)
+    x = fd.noise.normal(range(3), 0, 6).double() * table.plan("t", {}).start[1]
+    table(den, x).square().sum().backward()
+    for parameter, k in ((table.times.increments, 1), (table.told, 2)):
+        values = []
+        for step in (1e-3, -1e-3):  # c_noise is float32: smaller steps drown in its rounding
+            with torch.no_grad():
+                parameter[k] += step
+                values.append(float(table(den, x).square().sum()))
+                parameter[k] -= step
+        assert float(parameter.grad[k]) == pytest.approx((values[0] - values[1]) / 2e-3, rel=0.01)
+
+
 @pytest.mark.parametrize("solver", ["ipndm-3", "unipc-2", "dpmpp-3s", "heun"])
 def test_gradients_of_a_solvers_nodes_are_those_of_finite_differences(solver):
     table = SolverNodes(solver, SCHEDULE, 6, "uniform_t")
