@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 VALIDATION_SEED, TRAIN_SEED = 1_000_000, 2_000_000  # far from the seeds that people look at and benchmark
 FREEDOMS = ("nodes", "coefficients", "full")
+SHOWN = 16  # seeds in the picture
 
 
 def tune(
@@ -96,6 +97,26 @@ def finish(tuner: Tuner | NodeSearch, steps: int, budget: float, out: Path) -> N
         f"{out}: paired error {after.rmse:.4f} (MMD {after.mmd:.4f}) on {sum(p.setup.n for p in tuner.validation)} validation "
         f"images; {tuner.table.label} has {before.rmse:.4f} ({before.mmd:.4f})"
     )
+    picture(tuner, out.with_suffix(".png"))
+
+
+def picture(tuner: Tuner | NodeSearch, out: Path) -> None:
+    """A sheet of the first validation seeds: the plan as it was, as it is, and the converged ODE; blur would show here."""
+    import importlib.util
+
+    from ..files import write_bytes
+    from ..tuning import endpoints
+    from .pictures import png, sheet
+
+    pairs = tuner.validation[0]
+    shape = pairs.denoiser.shape or ()
+    if len(shape) != 3 or shape[0] not in (1, 3) or importlib.util.find_spec("PIL") is None:
+        return
+    shown = range(min(SHOWN, pairs.setup.n))
+    rows = [endpoints(tuner.source, pairs, shown), endpoints(tuner.best, pairs, shown), pairs.target[: len(shown)]]
+    images = [(pairs.denoiser.images(x) * 255).round().byte().permute(0, 2, 3, 1).numpy() for x in rows]
+    write_bytes(out, png(sheet([image for row in images for image in row], len(shown))))
+    say(f"{out}: one column a seed; {tuner.table.label}, then the tuned plan, then the converged ODE")
 
 
 def write(plan: Plan, provenance: dict[str, Any], out: Path) -> None:

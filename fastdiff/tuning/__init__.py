@@ -5,10 +5,10 @@ from .nodes import SolverNodes
 from .provenance import provenance
 from .starts import starts
 from .table import LearnedTable, Table
-from .targets import Pairs, Score, make_pairs, rmse_of
+from .targets import Pairs, Score, endpoints, make_pairs, rmse_of
 from .tune import TuneConfig, Tuner
 
 __all__ = [
-    "LearnedTable", "NodeSearch", "Pairs", "Score", "SearchConfig", "SolverNodes", "Table", "TuneConfig", "Tuner", "make_pairs",
-    "provenance", "rmse_of", "starts",
+    "LearnedTable", "NodeSearch", "Pairs", "Score", "SearchConfig", "SolverNodes", "Table", "TuneConfig", "Tuner", "endpoints",
+    "make_pairs", "provenance", "rmse_of", "starts",
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+from PIL import Image
 
 import fastdiff as fd
 from fastdiff.cli.tune import parse_duration, parse_scales
@@ -34,6 +35,8 @@ def test_a_tuned_plan_runs_like_any_other_and_knows_its_origin(fastdiff, run, ch
     assert plan.provenance["validation"].keys() == {"before", "after"}
     x = fd.sample(den.bind(class_labels=torch.tensor([0, 1])), plan, seeds=[0, 1])
     assert x.shape == (2, 1, 8, 8)
+    with Image.open(tmp_path / "plan.png") as image:
+        assert image.size == (4 * 10 - 2, 3 * 10 - 2)  # four validation seeds; start, tuned, converged
     code, out, err = run(tmp_path, "--nfe", "3", "--steps", "2", "--lr", "0.01")
     assert code == 0 and "resuming at step 2 of 2" in out
 
