@@ -48,7 +48,7 @@ def tune(
     from ..bench.cells import Setup
     from ..checkpoints import load
     from ..errors import FastdiffError
-    from ..tuning import SearchConfig, TuneConfig
+    from ..tuning import SearchConfig, TuneConfig, rivals
 
     scales, budget = parse_scales(guidance), parse_duration(time_budget)
     freedom = "nodes" if derivative_free else freedom
@@ -66,7 +66,7 @@ def tune(
     trains = [Setup(pairs, TRAIN_SEED, scale) for scale in scales]
     found = _pairs(denoiser, [*trains, *validates], cache)
     train, held = found[: len(scales)], found[len(scales) :]
-    table = _best(starts, held)
+    table, to_beat = _best(starts, [] if start else rivals(denoiser.schedule, nfe), held)
     state = out.with_suffix(".state.json" if derivative_free else ".state.pt")
     from ..tuning import NodeSearch, SolverNodes, Tuner
 
@@ -78,10 +78,10 @@ def tune(
         tuner = Tuner(table, train, held, config, state)
         if tuner.step:
             say(f"resuming at step {tuner.step} of {config.steps}")
-    finish(tuner, steps or (120 if derivative_free else 250), budget, out)
+    finish(tuner, steps or (120 if derivative_free else 250), budget, to_beat, out)
 
 
-def finish(tuner: Tuner | NodeSearch, steps: int, budget: float, out: Path) -> None:
+def finish(tuner: Tuner | NodeSearch, steps: int, budget: float, to_beat: tuple[str, float], out: Path) -> None:
     """Runs to the end, the budget or an interrupt, and writes the best plan so far whichever it was."""
     from ..tuning import provenance
 
@@ -89,13 +89,14 @@ def finish(tuner: Tuner | NodeSearch, steps: int, budget: float, out: Path) -> N
         task = bar.add_task("tune", total=steps, completed=getattr(tuner, "step", 0))
         try:
             tuner.run(budget, lambda p: bar.update(
-                task, completed=p.step, description=f"validation {p.best.rmse:.4f}, hand-made {p.start.rmse:.4f}"))  # fmt: skip
+                task, completed=p.step, description=f"validation {p.best.rmse:.4f}, hand-made {to_beat[1]:.4f}"))  # fmt: skip
         finally:
             write(tuner.best, provenance(tuner), out)
     before, after = tuner.start, tuner.best_score
     say(
         f"{out}: paired error {after.rmse:.4f} (MMD {after.mmd:.4f}) on {sum(p.setup.n for p in tuner.validation)} validation "
-        f"images; {tuner.table.label} has {before.rmse:.4f} ({before.mmd:.4f})"
+        f"images; it began as {tuner.table.label} with {before.rmse:.4f} ({before.mmd:.4f}); "
+        f"the best hand-made plan tried, {to_beat[0]}, has {to_beat[1]:.4f}"
     )
     picture(tuner, out.with_suffix(".png"))
 
@@ -185,11 +186,14 @@ def _pairs(denoiser: Denoiser, setups: list[Any], cache: Path) -> list[Pairs]:
         return [make_pairs(denoiser, s, cache, lambda n: bar.advance(task, n)) for s in setups]
 
 
-def _best(tables: list[Table], pairs: list[Pairs]) -> Table:
-    """The table whose plan has the smallest validation error as it stands."""
+def _best(tables: list[Table], others: list[Plan], pairs: list[Pairs]) -> tuple[Table, tuple[str, float]]:
+    """The table whose plan has the smallest validation error as it stands, and the best plan of all with its error."""
     from ..tuning import rmse_of
 
-    return min(tables, key=lambda t: rmse_of(t.plan("start", {}), pairs)) if len(tables) > 1 else tables[0]
+    errors = [rmse_of(t.plan("start", {}), pairs) for t in tables]
+    best = min(range(len(tables)), key=errors.__getitem__)
+    found = [(tables[best].label, errors[best]), *((p.name, rmse_of(p, pairs)) for p in others)]
+    return tables[best], min(found, key=lambda item: item[1])
 
 
 def parse_scales(text: str) -> list[float]:
