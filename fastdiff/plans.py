@@ -253,6 +253,24 @@ class Plan:
             raise PlanError(f"{path} is not a plan: it is not text") from e
 
 
+def expand(plan: Plan) -> np.ndarray:
+    """A plan without draws against its start alone: [i, j] is the weight of prediction D_j in the point after row i, oldest
+    first; (n, n), lower triangular. The start itself weighs sigma_{i+1}/sigma_0 there, since the plan keeps its spread."""
+    n = len(plan.rows)
+    base = np.zeros(n + 1)  # weight on x, then on D_0 ... D_{n-1}
+    base[0] = 1.0
+    history: list[np.ndarray] = []
+    out: list[np.ndarray] = []
+    y = base
+    for i, row in enumerate(plan.rows):
+        prediction = np.zeros(n + 1)
+        prediction[1 + i] = 1.0
+        history = [p * y + q * prediction for p, q in row.store][::-1] + history
+        y, base = (w.x * base + sum(h * v for h, v in zip(w.h, history, strict=False)) for w in (row.next, row.base))
+        out.append(y[1:])
+    return np.array(out)
+
+
 Term = tuple[str, float]
 
 

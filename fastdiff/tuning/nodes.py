@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ..grid import make
-from ..plans import Plan
+from ..plans import Plan, expand
 from ..schedule import NoiseSchedule
 from ..solvers import plan as make_plan
 from ..solvers.registry import find, recommended_grid, step_counts
-from .table import Numbers, Table, Times, check_tunable, expand
+from .table import Numbers, Table, Times, check_tunable
 
 STEP = 1e-4  # of the gap to the nearest node: the formulas' derivatives come from central differences in float64
 

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..denoiser import Denoiser
 from ..errors import FastdiffError
-from ..plans import IDENTITY, Plan, Row, Weights
+from ..plans import IDENTITY, Plan, Row, Weights, expand
 from ..schedule import NoiseSchedule
 
 FLOOR = 1e-5  # the least part of the whole way that a step may take at the start: no gradient moves one of length 0
@@ -36,23 +36,6 @@ class Numbers(NamedTuple):
     weights: Tensor
     alpha: Tensor
     sigma: Tensor
-
-
-def expand(plan: Plan) -> np.ndarray:
-    """Rows of weights on all predictions, oldest first: [i, j] is D_j's in the point after row i; (n, n), lower triangular."""
-    n = len(plan.rows)
-    base = np.zeros(n + 1)  # weight on x, then on D_0 ... D_{n-1}
-    base[0] = 1.0
-    history: list[np.ndarray] = []
-    out: list[np.ndarray] = []
-    y = base
-    for i, row in enumerate(plan.rows):
-        prediction = np.zeros(n + 1)
-        prediction[1 + i] = 1.0
-        history = [p * y + q * prediction for p, q in row.store][::-1] + history
-        y, base = (w.x * base + sum(h * v for h, v in zip(w.h, history, strict=False)) for w in (row.next, row.base))
-        out.append(y[1:])
-    return np.array(out)
 
 
 def check_tunable(plan: Plan) -> None:

@@ -7,8 +7,8 @@ from toy import SCHEDULE, Mixture
 
 import fastdiff as fd
 from fastdiff.errors import FastdiffError
+from fastdiff.plans import expand
 from fastdiff.tuning import LearnedTable, SolverNodes
-from fastdiff.tuning.table import expand
 
 DETERMINISTIC = [name for name, info in fd.list_solvers().items() if not info.stochastic]
 SCHEDULES = [SCHEDULE, fd.schedule.flow(), fd.schedule.edm()]
