@@ -14,6 +14,7 @@ from ..denoiser import Denoiser
 from ..errors import CheckpointError
 from ..files import atomic, sha256
 from ..models import UNet, UNetConfig
+from ..plans import Plan
 from ..schedule import from_config
 
 FORMAT = 1
@@ -82,4 +83,6 @@ def build(network: torch.nn.Module, schedule: Any, description: dict[str, Any]) 
         data_range=tuple(description["data_range"]),
     )
     denoiser.info = description
+    if description.get("plan"):
+        denoiser.plan = Plan.from_json(description["plan"])
     return denoiser

@@ -103,15 +103,19 @@ class Tuner:
         self.start = measure(self.source, validation, self.distribution)
         self.scale = max(self.start.rmse / 2, 1e-6)
         self.best, self.best_score, self.step = self.source, self.start, 0
+        self.seconds = 0.0  # spent on steps and validation, of all runs together
         self._check_gradients()
         if state is not None and state.exists():
             self._resume()
 
     def run(self, budget: float = math.inf, callback: Callable[[Progress], None] | None = None) -> Plan:
         """Trains to `config.steps` or for `budget` seconds; an interrupt keeps the best table so far in `best`."""
-        began = time.monotonic()
-        while self.step < self.config.steps and time.monotonic() - began < budget:
+        last = time.monotonic()
+        began = self.seconds
+        while self.step < self.config.steps and self.seconds - began < budget:
             loss = self.train_step()
+            now = time.monotonic()
+            self.seconds, last = self.seconds + now - last, now
             if self.step % self.config.validate_every == 0 or self.step == self.config.steps:
                 self._consider()
                 self.save()
@@ -162,7 +166,8 @@ class Tuner:
             return
         buffer = io.BytesIO()
         torch.save({
-            "identity": self._identity(), "step": self.step, "best": self.best.to_json(), "best_score": asdict(self.best_score),
+            "identity": self._identity(), "step": self.step, "seconds": self.seconds,
+            "best": self.best.to_json(), "best_score": asdict(self.best_score),
             "table": self.table.state_dict(), "optimiser": self.optimiser.state_dict(), "moved": self.moved,
         }, buffer)  # fmt: skip
         write_bytes(self.state_path, buffer.getvalue())
@@ -181,7 +186,7 @@ class Tuner:
         if state["identity"] != self._identity():
             raise FastdiffError(f"{self.state_path} belongs to another tuning run: give its settings, or another --out")
         self.step, self.best_score, self.moved = state["step"], Score(**state["best_score"]), state["moved"]
-        self.best = Plan.from_json(state["best"])
+        self.best, self.seconds = Plan.from_json(state["best"]), state["seconds"]
         self.table.load_state_dict(state["table"])
         self.optimiser.load_state_dict(state["optimiser"])
 

@@ -1,0 +1,96 @@
+"""What a distillation method says: its stages, its loss, and how its student is sampled. One file a method."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..denoiser import Denoiser
+from ..errors import FastdiffError
+from ..plans import Plan
+from ..schedule import NoiseSchedule
+from ..solvers import plan as make_plan
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a run: a student of `steps` network calls, `updates` optimiser steps at a rate that falls from `lr` to 0."""
+
+    steps: int
+    updates: int
+    lr: float
+    batch: int
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.updates < 1 or self.batch < 1 or not self.lr > 0:
+            raise FastdiffError(f"a stage needs steps, updates, batch >= 1 and lr > 0; given {self}")
+
+
+class Batch(NamedTuple):
+    """One update's material: clean images (B, *) or None, unit noise (B, *), class labels (B,) or None, and its generator."""
+
+    x0: Tensor | None
+    noise: Tensor
+    labels: Tensor | None
+    generator: torch.Generator
+
+
+class Method(ABC):
+    """A recipe. It holds settings only; networks are given, and whatever a stage needs beside them is made by `begin`."""
+
+    name: ClassVar[str]
+    needs_data: ClassVar[bool]
+    chained: ClassVar[bool]  # whether a stage's student is the next one's teacher
+
+    @abstractmethod
+    def stages(self) -> list[Stage]:
+        """The stages in order."""
+
+    @abstractmethod
+    def begin(self, stage: Stage, schedule: NoiseSchedule) -> None:
+        """Prepares a stage."""
+
+    @abstractmethod
+    def loss(self, student: Denoiser, teacher: Denoiser, batch: Batch) -> Tensor:
+        """The loss of one update; a scalar with a graph to the student's weights alone."""
+
+    def plan(self, stage: Stage, schedule: NoiseSchedule) -> Plan:
+        """How the stage's student is sampled: DDIM on its own times."""
+        return make_plan("ddim", schedule, stage.steps, grid=times(schedule, stage.steps).tolist())
+
+
+def times(schedule: NoiseSchedule, steps: int) -> np.ndarray:
+    """The student's times, noisiest first: uniform, from t_max, the last of them one step above t_min."""
+    return np.linspace(schedule.t_max, schedule.t_min, steps + 1)[:-1]
+
+
+def halvings(start: int, end: int) -> list[int]:
+    """start/2, start/4, ..., end.
+
+    Raises:
+        FastdiffError: start is not end * 2^k with k >= 1.
+    """
+    steps = [start]
+    while steps[-1] > end and steps[-1] % 2 == 0:
+        steps.append(steps[-1] // 2)
+    if start < 2 * end or steps[-1] != end or end < 1:
+        raise FastdiffError(f"the teacher's steps must be the student's times a power of two; given {start} and {end}, "
+                            f"nearest: {end * 2 ** max(1, round(np.log2(max(start, 2) / max(end, 1))))}")  # fmt: skip
+    return steps[1:]
+
+
+def weight(kind: str, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """The weight of |x~ - x^|^2: "truncated" max(SNR, 1), "snr+1" (Salimans and Ho 2022, section 4), "x0" 1."""
+    snr = (alpha / sigma.clamp_min(1e-12)).square()
+    if kind == "truncated":
+        return snr.clamp_min(1.0)
+    if kind == "snr+1":
+        return snr + 1
+    if kind == "x0":
+        return torch.ones_like(snr)
+    raise FastdiffError(f"unknown weighting {kind!r}; allowed: truncated, snr+1, x0")
