@@ -10,6 +10,7 @@ import typer
 from ..errors import FastdiffError
 from .bench import bench, demo
 from .console import errors
+from .distill import distill
 from .info import info, solvers
 from .sample import sample
 from .train import train
@@ -23,6 +24,7 @@ app.command()(demo)
 app.command()(sample)
 app.command()(bench)
 app.command()(train)
+app.command()(distill)
 app.command()(tune)
 app.command()(solvers)
 app.command()(info)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import signal
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +10,7 @@ import typer
 
 from .console import progress_bar, say
 from .pictures import check_folder
+from .running import interrupts, plot_losses
 
 
 def train(
@@ -59,7 +57,7 @@ def train(
     trainer = Trainer(config, load_images(data, size), out)
     if trainer.step:
         say(f"resuming {out} at step {trainer.step} of {steps}")
-    with progress_bar() as bar, _interrupts() as interrupted:
+    with progress_bar() as bar, interrupts() as interrupted:
         task = bar.add_task("train", total=steps, completed=trainer.step)
 
         def show(p: Progress) -> None:
@@ -68,41 +66,5 @@ def train(
                 raise KeyboardInterrupt
 
         trainer.run(show, save_every)
-    _plot_losses(trainer.losses, out / "loss.png")
+    plot_losses(trainer.losses, out / "loss.png")
     say(f"{out / 'model.safetensors'}: {trainer.step} steps, {trainer.step * batch} images")
-
-
-@contextlib.contextmanager
-def _interrupts() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM wait for the end of a step, so that what is saved is whole; a second one does not wait."""
-    seen: list[int] = []
-
-    def note(number: int, frame: object) -> None:
-        if seen:
-            raise KeyboardInterrupt
-        seen.append(number)
-
-    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(seen)
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
-
-
-def _plot_losses(values: list[float], path: Path) -> None:
-    """The loss curve, as means over 1 % of the run."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        say("no loss.png: pip install 'fastdiff[plots]' for pictures")
-        return
-    from ..files import atomic
-
-    width = max(len(values) // 100, 1)
-    means = [sum(values[i : i + width]) / width for i in range(0, len(values) - width + 1, width)]
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="loss", yscale="log")
-    axes.plot([(i + 0.5) * width for i in range(len(means))], means)
-    with atomic(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")

@@ -51,9 +51,9 @@ class Distiller:
     ) -> None:
         if not isinstance(teacher.network, nn.Module) or not teacher.info:
             raise FastdiffError("a teacher is a checkpoint of fastdiff's own format: its description goes into the student's")
+        self.source, self.stages = teacher, method.stages()
         _check_data(teacher, method, data)
         self.method, self.out, self.data, self.seed, self.clip = method, out, data, seed, clip
-        self.source, self.stages = teacher, method.stages()
         self.teacher = _with_network(teacher, teacher.network)
         self.student = _with_network(teacher, copy.deepcopy(teacher.network))
         self.stage = self.update = self.skipped = 0

@@ -1,0 +1,49 @@
+"""`fastdiff distill`: a student that samples with no flags; a mistake is one line and leaves nothing."""
+
+import pytest
+import tiny
+
+import fastdiff as fd
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return tiny.checkpoint(tmp_path_factory.mktemp("distill") / "t.safetensors")
+
+
+def test_a_student_is_saved_with_its_plan_and_samples_without_flags(fastdiff, teacher, tmp_path):
+    data = tiny.npz(tmp_path / "x.npz")
+    command = ("distill", teacher, "--data", data, "--start", 8, "--steps", 2, "--updates", 2, "--batch", 4, "--out",
+               tmp_path / "s")  # fmt: skip
+    code, out, err = fastdiff(*command)
+    assert code == 0, err
+    assert "2 network calls" in out and (tmp_path / "s" / "loss.png").exists()
+    student = fd.load(tmp_path / "s")
+    assert student.plan.nfe == 2 and fd.load(tmp_path / "s" / "stage-1-steps-4.safetensors").plan.nfe == 4
+    code, out, err = fastdiff("sample", tmp_path / "s", "--seeds", "0", "--out", tmp_path / "p")
+    assert code == 0 and "2 network calls a sample" in out
+    code, out, err = fastdiff(*command)  # finished already: says so by its result, trains nothing
+    assert code == 0 and fd.load(tmp_path / "s").hash == student.hash
+
+
+def test_trajectory_matching_needs_no_data(fastdiff, teacher, tmp_path):
+    code, _, err = fastdiff("distill", teacher, "--method", "trajectory", "--steps", 2, "--updates", 1, "--batch", 2,
+                            "--calls", 2, "--out", tmp_path / "s")  # fmt: skip
+    assert code == 0, err
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--method", "magic"], "progressive, trajectory"),
+        (["--method", "trajectory", "--start", "8"], "has no setting --start"),
+        (["--start", "8", "--steps", "2"], "needs images"),
+        (["--start", "9", "--steps", "2"], "power of two"),
+        (["--data", "nowhere.npz"], "nowhere.npz"),
+        (["--method", "trajectory", "--lr", "-1"], "lr > 0"),
+    ],
+)
+def test_bad_input_is_one_line(fastdiff, teacher, tmp_path, arguments, said):
+    code, _, err = fastdiff("distill", teacher, "--out", tmp_path / "s", *arguments)
+    assert code == 2 and said in err and err.strip().count("\n") == 0
+    assert not (tmp_path / "s").exists()
