@@ -33,7 +33,7 @@ from fastdiff.tuning import LearnedTable, Pairs, SolverNodes, Table, TuneConfig,
 from fastdiff.tuning.features import Distribution
 from fastdiff.tuning.targets import Score, endpoints, measure, squared_errors
 
-NFE, STEPS, START = 5, 100, ("unipc-3", "uniform_t")
+NFE, STEPS, START = 5, 80, ("unipc-3", "uniform_t")
 TRAIN, HELD, TEST = 2_000_000, 1_000_000, 0  # first seeds
 HAND_MADE = [("ipndm-2", "beta"), ("ipndm-3", "beta"), ("unipc-3", "uniform_t"), ("dpmpp-3s", "uniform_t"), ("ddim", "uniform_t")]
 GUIDANCE = 2.0
