@@ -52,7 +52,8 @@ def _tuned(record: dict[str, Any]) -> str:
     head = (
         f"Learned plans against the best hand-made ones, found by searching the whole registry ({min(candidates)} to "
         f"{max(candidates)} solver and grid\npairs) on 256 seeds; figures on {record['setup']['n']:,} seeds that neither saw "
-        "([record](benches/results/tuned/results.json)). Excess: FD-clf\nbeyond the converged ODE's."
+        f"([record](benches/results/tuned/results.json)), against\nendpoints within {record['converged']['movement']:.4f} of the "
+        "converged ODE's. Excess: FD-clf beyond the converged ODE's; negative where a plan flatters the model."
     )
     columns = "| calls | best hand-made | its RMSE | tuned | ratio | its excess | tuned | tuning took |"
     return "\n".join([head, "", columns, "|---" * 8 + "|", *rows])

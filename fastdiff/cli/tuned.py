@@ -136,6 +136,6 @@ def _excess(real: np.ndarray, mine: np.ndarray, best: np.ndarray, converged: np.
     return {
         "fd_excess_tuned": tuned, "fd_excess_tuned_interval": [low[0], high[0]],
         "fd_excess_hand_made": hand_made, "fd_excess_hand_made_interval": [low[1], high[1]],
-        "fd_excess_ratio": tuned / hand_made, "fd_clause_void": bool(low[1] <= 0.0 <= high[1]),
+        "fd_excess_ratio": tuned / hand_made, "fd_excess_hand_made_is_noise": bool(low[1] <= 0.0),
     }  # fmt: skip
 
