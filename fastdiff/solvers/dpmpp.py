@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 from ..errors import FastdiffError
@@ -49,19 +50,22 @@ def build_2s_ancestral(schedule: NoiseSchedule, grid: Grid, *, counts: Sequence[
     check_counts(counts, grid, 2)
     check_eta(eta)
     tape = single_step(schedule, grid, Denoised(), counts, eta=eta)
-    return Plan("dpmpp-2s-ancestral", tuple(tape.rows), **ends(grid), order=1 if eta else 2, stochastic=eta > 0)
+    return Plan("dpmpp-2s-ancestral", tuple(tape.rows), **ends(grid), order=2, stochastic=eta > 0)
 
 
-def build_sde(schedule: NoiseSchedule, grid: Grid, *, counts: Sequence[int], eta: float = 1.0) -> Plan:
-    """DPM-Solver++ SDE (k-diffusion's dpmpp_sde, r = 1/2): the midpoint is reached with noise of its own, the whole step on its
-    prediction with another. eta in [0, 1]."""
+def build_sde(
+    schedule: NoiseSchedule, grid: Grid, *, counts: Sequence[int], eta: float = 1.0, one_path: bool = True
+) -> Plan:
+    """DPM-Solver++ SDE (k-diffusion's dpmpp_sde, r = 1/2): the midpoint is reached with noise, the whole step on its prediction
+    with noise of its own. Both belong to one Brownian path: the step's contains the midpoint's as the exact SDE has it (at
+    eta = 1; k-diffusion's Brownian tree gives nearly that). Without `one_path` they are independent, and the weak order is 1.
+    eta in [0, 1]."""
     check_counts(counts, grid, 2)
     check_eta(eta)
     tape, form = Tape(), Denoised()
     for i, count in enumerate(counts):
         a, b = grid.nodes[i], grid.nodes[i + 1]
-        (below, up), entry = quiet(a, b, eta), (i, a)
-        draw = (a.t, b.t) if up else None
+        (below, up), entry, shared = quiet(a, b, eta), (i, a), 0.0
         if count == 2:
             check_inner(a, b)
             mid = form.inner(schedule, a, b, 1 / 2)
@@ -69,10 +73,13 @@ def build_sde(schedule: NoiseSchedule, grid: Grid, *, counts: Sequence[int], eta
             point = step(form, [entry], a, low)
             tape.add(a, i, Sum(point.x, point.h, ((i, lift),) if lift else ()), STAY, draw=(a.t, mid.t) if lift else None)
             entry = ((i, 1), mid)
+            shared = 1 / math.sqrt(1 + math.exp(b.lam - a.lam)) if one_path and lift else 0.0  # the correlation of the two
         point = step(form, [entry], a, below)
-        last = Sum(point.x, point.h, ((entry[0], up),) if up else ())
-        add_stages(tape, form, [(entry[1], entry[0], last)], draw=draw)
-    return Plan("dpmpp-sde", tuple(tape.rows), **ends(grid), order=1 if eta else 2, stochastic=eta > 0)
+        z = ((entry[0], up * math.sqrt((1 - shared) * (1 + shared))), *(((i, up * shared),) if shared else ()))
+        last = Sum(point.x, point.h, z if up else ())
+        add_stages(tape, form, [(entry[1], entry[0], last)], draw=((mid.t if shared else a.t), b.t) if up else None)
+    weak = 1 if eta and not one_path else 2
+    return Plan("dpmpp-sde", tuple(tape.rows), **ends(grid), order=weak, stochastic=eta > 0)
 
 
 def build_multistep_sde(
@@ -88,4 +95,4 @@ def build_multistep_sde(
     form = Denoised(eta, second=second, published=published)
     tape = multistep(schedule, grid, form, order, lower_final=lower_final)
     name = f"dpmpp-{order}m-sde" + ("-compat" if published else "")
-    return Plan(name, tuple(tape.rows), **ends(grid), order=1 if eta else min(order, 2), stochastic=eta > 0)
+    return Plan(name, tuple(tape.rows), **ends(grid), order=min(order, 2), stochastic=eta > 0)

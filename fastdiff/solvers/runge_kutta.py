@@ -31,7 +31,7 @@ def build_dpm2_ancestral(schedule: NoiseSchedule, grid: Grid, *, counts: Sequenc
     check_counts(counts, grid, 2)
     check_eta(eta)
     tape = single_step(schedule, grid, Noise(schedule, "lam"), counts, eta=eta)
-    return Plan("dpm-2-ancestral", tuple(tape.rows), **ends(grid), order=1 if eta else 2, stochastic=eta > 0)
+    return Plan("dpm-2-ancestral", tuple(tape.rows), **ends(grid), order=2, stochastic=eta > 0)
 
 
 def build_rk4(schedule: NoiseSchedule, grid: Grid, *, counts: Sequence[int]) -> Plan:

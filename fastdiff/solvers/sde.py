@@ -50,7 +50,7 @@ def _slope(f: Callable[[float], float], t: float, dt: float) -> float:
 def build_er_sde(schedule: NoiseSchedule, grid: Grid, *, order: int, published: bool = False) -> Plan:
     """ER-SDE-Solver-k (Cui et al. 2023, algorithms 2 to 4) with the authors' noise function, on data prediction."""
     tape = multistep(schedule, grid, ExtendedReverse(published), order)
-    return Plan(f"er-sde-{order}" + ("-compat" if published else ""), tuple(tape.rows), **ends(grid), stochastic=True)
+    return Plan(f"er-sde-{order}" + ("-compat" if published else ""), tuple(tape.rows), **ends(grid), order=min(order, 2), stochastic=True)
 
 
 def restart_counts(

@@ -90,7 +90,7 @@ def build_sa(
         nxt = Sum(point.x, point.h, ((i, fresh),) if fresh else ())
         tape.add(a, i, base.then(nxt), base if corrector else None, draw=(a.t, b.t) if fresh else None)
     noisy = any(row.draw is not None for row in tape.rows)
-    return Plan(name, tuple(tape.rows), **ends(grid), order=1 if noisy else 2, stochastic=noisy)
+    return Plan(name, tuple(tape.rows), **ends(grid), order=min(corrector or predictor, 2), stochastic=noisy)
 
 
 def _sa_form(tau: float) -> Denoised:
