@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,9 +12,9 @@ from ..plans import Plan
 from ..schedule import NoiseSchedule
 from .catalogue import SOLVERS
 from .info import SolverInfo
+from .names import resolve
 
 FEW, FEW_CALLS, MANY_CALLS = 10, "ipndm-3", "unipc-2"  # what `auto` takes up to FEW calls and beyond: benches/results/full
-_BY_NAME = {name: info for info in SOLVERS for name in (info.name, *info.aliases)}
 
 
 def list_solvers() -> dict[str, SolverInfo]:
@@ -29,12 +28,7 @@ def find(name: str) -> SolverInfo:
     Raises:
         FastdiffError: an unknown name; the nearest ones are offered.
     """
-    info = _BY_NAME.get(name) or _BY_NAME.get(name.lower())
-    if info is None:
-        near = difflib.get_close_matches(name.lower(), _BY_NAME, n=3, cutoff=0.4)
-        hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(list_solvers())}"
-        raise FastdiffError(f"unknown solver {name!r}; {hint} (`fastdiff solvers` lists all)")
-    return info
+    return resolve(name)[0]
 
 
 def plan(
@@ -51,8 +45,10 @@ def plan(
     """The table of a solver for a budget of network evaluations.
 
     Args:
-        solver: a name of `list_solvers()` or an alias; or "auto": the plan tuned for this checkpoint, guidance and `nfe` where
-            the denoiser has one, else the recommended hand-made one. `provenance["auto"]` says which.
+        solver: a name of `list_solvers()`, an alias, or a name of diffusers, ComfyUI or A1111 ("DPMSolverMultistepScheduler",
+            "dpmpp_2m_karras", "DPM++ 2M Karras": a grid in the name is the default for `grid`); or "auto": the plan tuned for
+            this checkpoint, guidance and `nfe` where the denoiser has one, else the recommended hand-made one.
+            `provenance["auto"]` says which.
         schedule: a NoiseSchedule, or anything with a `.schedule` (a Denoiser).
         nfe: evaluations of the denoiser, met exactly: what fills no whole step goes to one lower-order step.
         steps: grid intervals, instead of `nfe`.
@@ -69,12 +65,15 @@ def plan(
         raise FastdiffError(f"plan needs a NoiseSchedule or a denoiser that has one; given {type(schedule).__name__}")
     if solver == "auto":
         return _auto(schedule, nfe, {"steps": steps, "grid": grid, "grid_options": grid_options, **options}, end)
-    info = find(solver)
+    info, preset = resolve(solver)
+    if grid is None and preset.grid is not None:
+        grid, grid_options = preset.grid, {**preset.grid_options, **(grid_options or {})}
     if unknown := set(options) - set(info.options):
         raise FastdiffError(
             f"solver {info.name} has no option {', '.join(sorted(unknown))}; it takes {', '.join(info.options) or 'none'}"
         )
     clean = grid.ends_clean if isinstance(grid, grids.Grid) else end == "zero"
+    options = {**preset.options, **options}
     counts, options = info.counts(nfe, steps, _starts_at_full_noise(noise_schedule, grid), clean, options)
     chosen = grid if grid is not None else recommended_grid(info, noise_schedule)
     made = grids.make(chosen, noise_schedule, len(counts), end, **(grid_options or {}))
