@@ -182,7 +182,8 @@ def linear_quadratic(schedule: NoiseSchedule, n: int, clean: bool, threshold: fl
     i, rest = np.arange(n), steps - linear
     slope = threshold / linear
     bend = (1 - slope * steps) / rest**2  # from the point where the linear part ends, with its slope, to 1
-    return _down_to_t_min(schedule, schedule.t_max * (1 - slope * i - bend * np.maximum(i - linear, 0) ** 2))
+    t = _down_to_t_min(schedule, schedule.t_max * (1 - slope * i - bend * np.maximum(i - linear, 0) ** 2))
+    return t if clean else np.append(t[:-1], schedule.t_min)  # to the bit
 
 
 def sgm_uniform(schedule: NoiseSchedule, n: int, clean: bool) -> Array:
@@ -191,7 +192,7 @@ def sgm_uniform(schedule: NoiseSchedule, n: int, clean: bool) -> Array:
 
 
 def simple(schedule: NoiseSchedule, n: int, clean: bool) -> Array:
-    """Every (T/n)-th entry of a model's table from its noisiest on (ComfyUI); continuous time has no table: uniform, as trailing."""
+    """Every (T/n)-th entry of a model's table from its noisiest on (ComfyUI); without a table uniform, as trailing."""
     steps = n if clean else n - 1
     table = schedule.discrete_count if isinstance(schedule, VPFromAlphasCumprod) else 0
     i = np.arange(steps)
@@ -245,7 +246,8 @@ def flow_shift(schedule: NoiseSchedule, n: int, clean: bool, num_tokens: int) ->
 GRIDS: dict[str, Callable[..., Array]] = {
     "uniform_t": uniform_t, "quadratic": quadratic, "uniform_lambda": uniform_lambda, "karras": karras,
     "exponential": uniform_lambda, "polyexponential": polyexponential, "beta": beta, "flow_shift": flow_shift, "ays": ays,
-    "sgm_uniform": sgm_uniform, "simple": simple, "linear_quadratic": linear_quadratic, "kl_optimal": kl_optimal, "cosine": cosine,
+    "sgm_uniform": sgm_uniform, "simple": simple, "linear_quadratic": linear_quadratic, "kl_optimal": kl_optimal,
+    "cosine": cosine,
 }  # fmt: skip
 
 

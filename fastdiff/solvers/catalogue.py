@@ -28,7 +28,9 @@ RK = {1: (), 2: (), 3: (2,), 4: (3, 3)}
 FEW_STEP = "a distilled model's own process, which changes with the number of steps"
 
 
-def _fast(calls: int | None, steps: int | None, from_zero: bool, to_zero: bool, options: Options) -> tuple[tuple[int, ...], Options]:
+def _fast(
+    calls: int | None, steps: int | None, from_zero: bool, to_zero: bool, options: Options
+) -> tuple[tuple[int, ...], Options]:
     if calls is None:
         return call_counts(3, None, steps, from_zero, to_zero), options
     return fast_counts(calls, from_zero, to_zero), options
@@ -53,7 +55,8 @@ _FAST: Counting = _fast
 _PECE: Counting = _evaluated_again
 
 FIRST_ORDER = [
-    entry("ddim", build_ddim, 1, "Song et al. 2020", grid="uniform_t", aliases=("DDIMScheduler", "dpmpp-1m", "dpmpp-1s", "dpm-solver-1")),
+    entry("ddim", build_ddim, 1, "Song et al. 2020", grid="uniform_t",
+          aliases=("DDIMScheduler", "dpmpp-1m", "dpmpp-1s", "dpm-solver-1")),
     entry("ddpm", build_ddpm, 1, "Ho et al. 2020", grid="uniform_t", stochastic=True, aliases=("DDPMScheduler",)),
     entry("euler", build_euler, 1, "Karras et al. 2022, alg. 2", aliases=("EulerDiscreteScheduler",)),
     entry("euler-ancestral", build_euler_ancestral, 1, "k-diffusion", stochastic=True,
@@ -83,8 +86,9 @@ MULTISTEP = [
     *(entry(f"unipc-{k}", build_unipc, min(k + 1, 3), "Zhao et al. 2023", bind={"order": k}, grid="uniform_t", full_order=k + 1,
             first={3: (3,), 4: (4, 4)}.get(k, ()), aliases=("unipc",) if k == 2 else ())
       for k in (1, 2, 3, 4)),
-    *(entry(f"res-{k}m", build_multistep, 2, "Zhang et al. 2023, RES", **_multistep(k, second="exact", published=False, name="res"),
-            grid="uniform_lambda", aliases=("res_multistep",) if k == 2 else ()) for k in (2, 3)),
+    *(entry(f"res-{k}m", build_multistep, 2, "Zhang et al. 2023, RES", grid="uniform_lambda",
+            **_multistep(k, second="exact", published=False, name="res"), aliases=("res_multistep",) if k == 2 else ())
+      for k in (2, 3)),
     *(entry(f"lms-{k}", build_lms, min(k, 2), "k-diffusion", **_multistep(k), grid="beta", aliases=("lms",) if k == 4 else ())
       for k in (1, 2, 3, 4)),
     *(entry(f"ipndm-{k}", build_ipndm, min(k, 2), "Zhang and Chen 2022", **_multistep(k) | {"full_order": min(k, 2)}, grid="beta",
@@ -106,7 +110,8 @@ STOCHASTIC = [
           aliases=("dpm_2_ancestral", "dpm2_a", "KDPM2AncestralDiscreteScheduler")),
     entry("dpmpp-2s-ancestral", build_2s_ancestral, 2, "k-diffusion", **_two_calls(stochastic=True),
           aliases=("dpmpp_2s_ancestral", "dpm++2s_a")),
-    entry("dpmpp-sde", build_sde, 2, "k-diffusion", **_two_calls(stochastic=True), aliases=("dpmpp_sde", "DPMSolverSDEScheduler")),
+    entry("dpmpp-sde", build_sde, 2, "k-diffusion", **_two_calls(stochastic=True),
+          aliases=("dpmpp_sde", "DPMSolverSDEScheduler")),
     *(entry(f"dpmpp-{k}m-sde", build_multistep_sde, 2, "Lu et al. 2022b; k-diffusion", stochastic=True,
             bind={"order": k, "published": False} | ({"second": "exact"} if k == 3 else {}), aliases=(f"dpmpp_{k}m_sde",))
       for k in (2, 3)),
@@ -118,12 +123,14 @@ STOCHASTIC = [
           grid="uniform_t", counting=_PECE, aliases=("sa_solver_pece",)),
     *(entry(f"er-sde-{k}", build_er_sde, min(k, 2), "Cui et al. 2023", stochastic=True, bind={"order": k, "published": False},
             aliases=("er_sde",) if k == 3 else ()) for k in (1, 2, 3)),
-    entry("er-sde-3-compat", build_er_sde, 2, "Cui et al. 2023, as published", stochastic=True, bind={"order": 3, "published": True}),
+    entry("er-sde-3-compat", build_er_sde, 2, "Cui et al. 2023, as published", stochastic=True,
+          bind={"order": 3, "published": True}),
     entry("euler-maruyama", build_euler_maruyama, 1, "Song et al. 2021", stochastic=True, grid="uniform_t"),
     entry("restart", build_restart, 2, "Xu et al. 2023", stochastic=True, nfe_per_step=2, counting=restart_counts),
 ]  # fmt: skip
 DISTILLED = [
-    entry("lcm", build_lcm, 0, "Luo et al. 2023", stochastic=True, grid="uniform_t", why_no_order=FEW_STEP, aliases=("LCMScheduler",)),
+    entry("lcm", build_lcm, 0, "Luo et al. 2023", stochastic=True, grid="uniform_t", why_no_order=FEW_STEP,
+          aliases=("LCMScheduler",)),
     entry("tcd", build_tcd, 0, "Zheng et al. 2024", stochastic=True, grid="uniform_t", why_no_order=FEW_STEP,
           aliases=("TCDScheduler",)),
     entry("consistency", build_consistency, 0, "Song et al. 2023", stochastic=True, why_no_order=FEW_STEP,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 from ..errors import FastdiffError
-from ..grid import Grid
+from ..grid import Grid, Node
 from ..plans import Plan
 from ..schedule import NoiseSchedule
 from .forms import Denoised
@@ -65,7 +65,8 @@ def build_sde(
     tape, form = Tape(), Denoised()
     for i, count in enumerate(counts):
         a, b = grid.nodes[i], grid.nodes[i + 1]
-        (below, up), entry, shared = quiet(a, b, eta), (i, a), 0.0
+        (below, up), shared = quiet(a, b, eta), 0.0
+        entry: tuple[Hashable, Node] = (i, a)
         if count == 2:
             check_inner(a, b)
             mid = form.inner(schedule, a, b, 1 / 2)
@@ -87,8 +88,8 @@ def build_multistep_sde(
     second: str = "midpoint", lower_final: bool = False,
 ) -> Plan:  # fmt: skip
     """SDE-DPM-Solver++(kM) (Lu et al. 2022b, eq. 18; k-diffusion's dpmpp_2m_sde and dpmpp_3m_sde): eta = 0 is the ODE, eta = 1
-    the reverse-time SDE, larger values more noise. `second` "midpoint" or "exact" (k-diffusion's "heun") is the second-order step.
-    """
+    the reverse-time SDE, larger values more noise. `second` "midpoint" or "exact" (k-diffusion's "heun") is the second-order
+    step."""
     check_eta(eta, most=float("inf"))
     if second not in ("midpoint", "exact"):
         raise FastdiffError(f'second must be "midpoint" or "exact"; given {second!r}')

@@ -40,8 +40,9 @@ def build_consistency(schedule: NoiseSchedule, grid: Grid) -> Plan:
 
 
 def build_tcd(schedule: NoiseSchedule, grid: Grid, *, gamma: float = 0.3) -> Plan:
-    """Strategic stochastic sampling of trajectory consistency models (Zheng et al. 2024, algorithm 4): a deterministic step to the
-    time (1 - gamma) t_b, then noise up to b. gamma 0 is DDIM, 1 consistency sampling. A discrete-time model goes to whole times."""
+    """Strategic stochastic sampling of trajectory consistency models (Zheng et al. 2024, algorithm 4): a deterministic step to
+    the time (1 - gamma) t_b, then noise up to b. gamma 0 is DDIM, 1 consistency sampling. A discrete-time model goes to whole
+    times."""
     if not 0.0 <= gamma <= 1.0:
         raise FastdiffError(f"gamma must lie in [0, 1]; given {gamma}")
     rows = []

@@ -35,7 +35,8 @@ PRESETS = {
     "EDMEulerScheduler": Preset("euler", grid="karras"), "EDMDPMSolverMultistepScheduler": Preset("dpmpp-2m", grid="karras"),
     "CosineDPMSolverMultistepScheduler": Preset("dpmpp-2m-sde", grid="exponential"),
     "Euler a": Preset("euler-ancestral"), "DPM2 a": Preset("dpm-2-ancestral"), "DPM++ 2S a": Preset("dpmpp-2s-ancestral"),
-    "DPM++ 2M SDE Heun": Preset("dpmpp-2m-sde", {"second": "exact"}), "dpmpp_2m_sde_heun": Preset("dpmpp-2m-sde", {"second": "exact"}),
+    "DPM++ 2M SDE Heun": Preset("dpmpp-2m-sde", {"second": "exact"}),
+    "dpmpp_2m_sde_heun": Preset("dpmpp-2m-sde", {"second": "exact"}),
     "dpmpp_2m_sde_heun_gpu": Preset("dpmpp-2m-sde", {"second": "exact"}), "dpmpp_2m_sde_gpu": Preset("dpmpp-2m-sde"),
     "dpmpp_3m_sde_gpu": Preset("dpmpp-3m-sde"), "dpmpp_sde_gpu": Preset("dpmpp-sde"),
     "uni_pc": Preset("unipc-3", {"variant": "bh1"}), "uni_pc_bh2": Preset("unipc-3"),
@@ -46,7 +47,8 @@ PRESETS = {
 # Grids as the ends of names, without separators: what ComfyUI, A1111 and diffusers call them.
 GRID_SUFFIXES: dict[str, tuple[str, dict[str, Any]]] = {
     "karras": ("karras", {}), "exponential": ("exponential", {}), "polyexponential": ("polyexponential", {}),
-    "sgmuniform": ("sgm_uniform", {}), "simple": ("simple", {}), "beta": ("beta", {}), "normal": ("uniform_t", {"spacing": "linspace"}),
+    "sgmuniform": ("sgm_uniform", {}), "simple": ("simple", {}), "beta": ("beta", {}),
+    "normal": ("uniform_t", {"spacing": "linspace"}),
     "ddimuniform": ("uniform_t", {"spacing": "leading"}), "linearquadratic": ("linear_quadratic", {}),
     "kloptimal": ("kl_optimal", {}), "cosine": ("cosine", {}), "alignyoursteps": ("ays", {}), "ays": ("ays", {}),
     "uniform": ("uniform_t", {}), "trailing": ("uniform_t", {"spacing": "trailing"}),
@@ -72,8 +74,9 @@ def resolve(name: str) -> tuple[SolverInfo, Preset]:
     """
     preset = _EXACT.get(name.lower()) or _PLAIN.get(_plain(name)) or _with_grid(_plain(name))
     if preset is None:
-        near = difflib.get_close_matches(name.lower(), _EXACT, n=3, cutoff=0.4)
-        hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(_BY_NAME)}"
+        near = difflib.get_close_matches(_plain(name), _PLAIN, n=6, cutoff=0.5)
+        meant = list(dict.fromkeys(_PLAIN[n].solver for n in near))[:4]
+        hint = f"did you mean {', '.join(meant)}?" if meant else f"known: {', '.join(_BY_NAME)}"
         raise FastdiffError(f"unknown solver {name!r}; {hint} (`fastdiff solvers` lists all)")
     return _BY_NAME[preset.solver], preset
 

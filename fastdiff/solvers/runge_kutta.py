@@ -35,7 +35,8 @@ def build_dpm2_ancestral(schedule: NoiseSchedule, grid: Grid, *, counts: Sequenc
 
 
 def build_rk4(schedule: NoiseSchedule, grid: Grid, *, counts: Sequence[int]) -> Plan:
-    """The classical Runge-Kutta method of order 4 in sigma/alpha; steps of fewer calls are Euler, midpoint and Heun's third order."""
+    """The classical Runge-Kutta method of order 4 in sigma/alpha; steps of fewer calls are Euler, the midpoint rule and Heun's
+    third-order rule."""
     check_counts(counts, grid, 4)
     tape = single_step(schedule, grid, Noise(schedule, "u"), counts)
     return Plan("rk4", tuple(tape.rows), **ends(grid), order=4)

@@ -50,7 +50,8 @@ def _slope(f: Callable[[float], float], t: float, dt: float) -> float:
 def build_er_sde(schedule: NoiseSchedule, grid: Grid, *, order: int, published: bool = False) -> Plan:
     """ER-SDE-Solver-k (Cui et al. 2023, algorithms 2 to 4) with the authors' noise function, on data prediction."""
     tape = multistep(schedule, grid, ExtendedReverse(published), order)
-    return Plan(f"er-sde-{order}" + ("-compat" if published else ""), tuple(tape.rows), **ends(grid), order=min(order, 2), stochastic=True)
+    name = f"er-sde-{order}" + ("-compat" if published else "")
+    return Plan(name, tuple(tape.rows), **ends(grid), order=min(order, 2), stochastic=True)
 
 
 def restart_counts(
@@ -71,7 +72,8 @@ def restart_counts(
 
 def _check_restart(repeats: int, length: int, after: int) -> None:
     if not all(isinstance(v, int) for v in (repeats, length, after)) or repeats < 0 or length < 1 or after < 2:
-        raise FastdiffError(f"restart needs whole numbers repeats >= 0, length >= 1 and after >= 2; given {repeats}, {length}, {after}")
+        given = f"{repeats}, {length}, {after}"
+        raise FastdiffError(f"restart needs whole numbers repeats >= 0, length >= 1 and after >= 2; given {given}")
 
 
 def build_restart(
@@ -82,7 +84,8 @@ def build_restart(
     check_counts(counts, grid, 2)
     _check_restart(repeats, length, after)
     turn = grid.steps - after  # the node from which noise leads back up
-    order = [*range(turn), *[*range(turn - length, turn)] * repeats, *range(turn, grid.steps)] if repeats else [*range(grid.steps)]
+    again = [*range(turn - length, turn)] * repeats
+    order = [*range(turn), *again, *range(turn, grid.steps)] if repeats else [*range(grid.steps)]
     tape = Tape()
     for n, i in enumerate(order):
         a, b = grid.nodes[i], grid.nodes[i + 1]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..errors import FastdiffError
-from ..grid import Grid, Node
+from ..grid import Grid
 from ..plans import Plan
 from ..schedule import NoiseSchedule
 from .forms import Denoised

@@ -73,7 +73,9 @@ def test_no_name_stands_for_two_solvers():
     assert not {n.lower() for n in PRESETS} & set(names)
 
 
-@pytest.mark.parametrize(("name", "near"), [("dpmpp2n", "dpmpp_2m"), ("eulr", "euler"), ("unpic-2", "unipc-2")])
+@pytest.mark.parametrize(
+    ("name", "near"), [("dpmpp2n", "dpmpp-2m"), ("dpm2m", "dpmpp-2m"), ("eulr", "euler"), ("unpic-2", "unipc-2")]
+)
 def test_an_unknown_name_offers_the_nearest(name, near):
     with pytest.raises(FastdiffError, match=f"did you mean .*{near}"):
         resolve(name)

@@ -85,7 +85,8 @@ def label(run):
 def grid_of(run):
     """The levels of a run's steps, without the inner points of one-step methods; times are sigma in VE, else a count."""
     if run["name"] == "sample_dpm_fast":
-        high, low, n = (math.log(run["options"][k]) if k != "nfe" else run["options"][k] for k in ("sigma_max", "sigma_min", "nfe"))
+        o = run["options"]
+        high, low, n = math.log(o["sigma_max"]), math.log(o["sigma_min"]), o["nfe"]
         return Grid(tuple(Node(s, 1.0, s) for s in np.exp(np.linspace(high, low, n // 3 + 2)).tolist()))
     levels = [[1.0, s] for s in run["sigmas"][:-1]] if "sigmas" in run else run["calls"]
     if run["name"] == "HeunDiscreteScheduler":
