@@ -1,5 +1,6 @@
 """Trajectories of diffusers 0.42.1 and k-diffusion 0.1.1, frozen in tests/data, reproduced on the same levels."""
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -25,7 +26,16 @@ OURS = {
     "LMSDiscreteScheduler": lambda o: (f"lms-{o['order']}", {}),
     "DDIMScheduler": lambda o: ("ddim", {"eta": o["eta"]}),
     "DDPMScheduler": lambda o: ("ddpm", {}),
-    "UniPCMultistepScheduler": lambda o: (f"unipc-{o['solver_order']}", {"lower_final": True}),
+    "UniPCMultistepScheduler": lambda o: (
+        f"unipc-{o['solver_order']}",
+        {"lower_final": True, "variant": o["solver_type"], "correct": "disable_corrector" not in o},
+    ),
+    "LCMScheduler": lambda o: ("lcm", {}),
+    "TCDScheduler": lambda o: ("tcd", {"gamma": o["eta"]}),
+    "SASolverScheduler": lambda o: (
+        "sa-solver",
+        {"predictor": o["predictor_order"], "corrector": o["corrector_order"], "lower_final": True, **tau_of(o["betas"])},
+    ),
     "sample_euler": lambda o: ("euler", {}),
     "sample_euler_ancestral": lambda o: ("euler-ancestral", {"eta": o["eta"]}),
     "sample_heun": lambda o: ("heun", {k: v for k, v in o.items() if k.startswith("s_")}),
@@ -44,6 +54,21 @@ OURS = {
 }
 
 
+@functools.cache
+def diffusers_schedule(betas):
+    """The discrete-time schedule as diffusers makes it, in float32."""
+    low, high = {"linear": (0.0001, 0.02), "scaled_linear": (0.00085**0.5, 0.012**0.5)}[betas]
+    steps = torch.linspace(low, high, 1000, dtype=torch.float32)
+    steps = steps if betas == "linear" else steps**2
+    return fd.schedule.vp_from_alphas_cumprod(torch.cumprod(1.0 - steps, dim=0).double())
+
+
+def tau_of(betas):
+    """SASolverScheduler's own tau function: 1 at times from 200 to 800, else 0."""
+    schedule = diffusers_schedule(betas)
+    return {"tau_min": node_at(schedule, 199.9).u, "tau_max": node_at(schedule, 800.1).u}
+
+
 def ours(run):
     """(solver, options) of a peer's run, or None where we have none."""
     name, o = run["name"], run["options"]
@@ -52,6 +77,10 @@ def ours(run):
     if name in OURS:
         return OURS[name](o)
     if name == "DPMSolverMultistepScheduler":
+        if o["algorithm_type"] == "dpmsolver":
+            return "dpm-solver-2m", {}
+        if o["solver_type"] == "heun":
+            return "res-2m", {}
         if o["algorithm_type"] == "dpmsolver++":
             return MULTISTEP[o["solver_order"]], {}  # it lowers the final orders below 15 steps, as we do by default
         if o["solver_order"] == 1:  # SDE-DPM-Solver++ of order 1 is DDIM at eta = 1
@@ -59,19 +88,20 @@ def ours(run):
         return "dpmpp-2m-sde", {"lower_final": o["steps"] < 15}
     if name == "IPNDMScheduler" and "trained_betas" in o:
         return "ipndm-4", {}
+    # SDE-DPM-Solver++ of order 3 in diffusers is not frozen: its third-order term has -0.5 where +0.5 belongs (k-diffusion has
+    # it right), so that its error is of order 1. DPM-2 of diffusers has k-diffusion's formulas.
     # No table of ours: IPNDMScheduler as shipped starts at alpha = 0, where it divides by 1e-8.
     # DPMSolverSinglestepScheduler restarts each block from its first state with the levels of the grid as inner points:
     # another construction than DPM-Solver++(kS).
     return None
 
 
-# Not in the frozen file: our corrections, what diffusers and k-diffusion do not have (RES, ER-SDE, gradient estimation, tAB, RK4,
-# restart, ...), orders below the peer's, and the schedulers that wait to be frozen (SA-Solver, LCM, TCD, consistency models).
+# Not in the frozen file: our corrections, what diffusers and k-diffusion do not have (ER-SDE, gradient estimation, tAB, RK4,
+# restart, PECE, consistency models in VP, ...), and orders below the peer's.
 NOT_FROZEN = {
-    "dpmpp-3m", "dpmpp-3m-sde", "dpmpp-3s", "dpm-solver-2m", "dpm-solver-3m", "dpm-solver-3s", "unipc-4", "res-2m", "res-3m",
-    "ipndm-1", "ipndm-2", "ipndm-3", "deis-log-rho-1", "deis-tab-1", "deis-tab-2", "deis-tab-3", "deis-tab-4", "rk4",
-    "gradient-estimation", "er-sde-1", "er-sde-2", "er-sde-3", "er-sde-3-compat", "euler-maruyama", "restart", "sa-solver",
-    "sa-solver-pece", "lcm", "tcd", "consistency",
+    "dpmpp-3m", "dpmpp-3m-sde", "dpmpp-3s", "dpm-solver-3m", "dpm-solver-3s", "res-3m", "ipndm-1", "ipndm-2", "ipndm-3",
+    "deis-log-rho-1", "deis-tab-1", "deis-tab-2", "deis-tab-3", "deis-tab-4", "rk4", "gradient-estimation", "er-sde-1",
+    "er-sde-2", "er-sde-3", "er-sde-3-compat", "euler-maruyama", "restart", "sa-solver-pece", "consistency",
 }  # fmt: skip
 
 COVERED = [run for run in RUNS if ours(run)]
@@ -97,17 +127,14 @@ def grid_of(run):
         times = run["timesteps"]
         times = [times[0], *times[2:]] if run["options"]["skip_prk_steps"] else [*times[0:12:4], *times[12:]]
         return Grid(tuple(node_at(diffusers_schedule(run["options"]["betas"]), t) for t in times))
+    if run["name"] in ("LCMScheduler", "TCDScheduler"):
+        schedule = diffusers_schedule(run["options"]["betas"])
+        nodes = [node_at(schedule, t) for t in run["timesteps"]]
+        # TCD ends at time 0, whose noise it leaves in the sample, whatever it calls its end
+        return Grid((*nodes, node_at(schedule, 0.0) if run["name"] == "TCDScheduler" else Node(0.0, *run["end"])))
     ve = run["coordinates"] == "ve"
     nodes = [Node(s if ve else float(len(levels) - i), a, s) for i, (a, s) in enumerate(levels)]
     return Grid((*nodes, Node(0.0, *run["end"])))
-
-
-def diffusers_schedule(betas):
-    """The discrete-time schedule as diffusers makes it, in float32."""
-    low, high = {"linear": (0.0001, 0.02), "scaled_linear": (0.00085**0.5, 0.012**0.5)}[betas]
-    steps = torch.linspace(low, high, 1000, dtype=torch.float32)
-    steps = steps if betas == "linear" else steps**2
-    return fd.schedule.vp_from_alphas_cumprod(torch.cumprod(1.0 - steps, dim=0).double())
 
 
 def calls_of(run):
@@ -122,7 +149,8 @@ def reproduce(run):
     calls = calls_of(run)
     budget = {"steps": grid.steps} if info.nfe_per_step == 1 else {"nfe": len(calls)}
     end = "zero" if grid.ends_clean else "sigma_min"
-    schedule = diffusers_schedule(run["options"]["betas"]) if run["name"] == "PNDMScheduler" else SCHEDULE
+    timed = run["name"] in ("PNDMScheduler", "TCDScheduler")  # their inner points are times of the model
+    schedule = diffusers_schedule(run["options"]["betas"]) if timed else SCHEDULE
     plan = fd.plan(solver, schedule, grid=grid, end=end, **budget, **options)
     level = {row.t: (row.alpha, row.sigma) for row in plan.rows}
     asked = []
@@ -134,7 +162,10 @@ def reproduce(run):
     def column(values):
         return torch.tensor(values, dtype=torch.float64)[:, None]
 
-    noise = fd.noise.recorded([column(z) for z in (run["start"], *run["noises"])])  # entry 0 is the start's slot
+    noises = run["noises"]
+    if run["name"] == "SASolverScheduler":  # it draws where tau is 0 too, and multiplies by 0
+        noises = [z for t, z in zip(run["timesteps"], noises, strict=True) if 200 <= t <= 800]
+    noise = fd.noise.recorded([column(z) for z in (run["start"], *noises)])  # entry 0 is the start's slot
     out = fd.sample(denoiser, plan, noise, start=column(run["start"]), dtype=torch.float64)
     return out.flatten().numpy(), asked
 
@@ -153,7 +184,7 @@ def test_result_and_every_state_agree(run):
 def test_every_solver_of_ours_that_a_peer_has_is_compared():
     compared = {ours(run)[0] for run in COVERED}
     assert set(fd.list_solvers()) - compared == NOT_FROZEN
-    assert len(COVERED) == 269
+    assert len(COVERED) == 335
 
 
 def test_published_third_order_is_not_the_corrected_one():
