@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from analytic import BIMODAL, GAUSSIAN, interpret, result
 
 import fastdiff as fd
@@ -205,3 +206,16 @@ def test_sa_solver_without_noise_is_unipc_with_the_other_function():
     for ours, theirs in zip(sa.rows, pc.rows, strict=True):
         np.testing.assert_allclose(ours.next.values, theirs.next.values, rtol=0, atol=1e-12)
         np.testing.assert_allclose(ours.base.values, theirs.base.values, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", [name for name, info in SOLVERS.items() if info.stochastic])
+def test_the_executor_samples_the_propagated_moments(name):
+    """One Monte Carlo run of the real loop with Philox noise: mean and variance within 4 standard errors of the table's."""
+    schedule, n = SCHEDULES["edm"], 4096
+    plan = fd.plan(name, schedule, 8, grid="karras", end="sigma_min")
+    mean, variance = moments(plan, GAUSSIAN)
+    noise = fd.noise.from_seeds(range(n))
+    start = plan.start[0] * GAUSSIAN.means[0] + GAUSSIAN.std(*plan.start) * noise(0, (n, 1), torch.device("cpu")).double()
+    out = fd.sample(GAUSSIAN.network(schedule), plan, noise, start=start, dtype=torch.float64)
+    assert abs(float(out.mean()) - mean) < 4 * math.sqrt(variance / n)
+    assert abs(float(out.var()) / variance - 1) < 4 * math.sqrt(2 / n)
