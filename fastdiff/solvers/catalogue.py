@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .dpmpp import build_2s_ancestral, build_multistep, build_multistep_sde, build_sde, build_singlestep
+from .dpmpp import build_2s_ancestral, build_blocks, build_multistep, build_multistep_sde, build_sde, build_singlestep
 from .few_step import build_consistency, build_lcm, build_tcd
 from .first_order import build_ddim, build_ddpm, build_euler, build_euler_ancestral
 from .heun import build_heun
@@ -77,6 +77,8 @@ ONE_STEP = [
           grid="uniform_lambda", aliases=("dpm++3s", "dpmpp_3s")),
 ]  # fmt: skip
 MULTISTEP = [
+    *(entry(f"dpmpp-{k}s-grid", build_blocks, 2, "Lu et al. 2022b; diffusers", bind={"order": k}, grid="uniform_lambda",
+            aliases=("DPMSolverSinglestepScheduler",) if k == 2 else ()) for k in (2, 3)),
     entry("dpmpp-2m", build_multistep, 2, "Lu et al. 2022b", **_multistep(2, second="midpoint", published=False, name="dpmpp"),
           grid="uniform_lambda", aliases=("dpm++2m", "dpmpp_2m")),
     entry("dpmpp-3m", build_multistep, 2, "Lu et al. 2022b, corrected",

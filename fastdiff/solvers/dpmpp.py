@@ -40,6 +40,24 @@ def build_singlestep(schedule: NoiseSchedule, grid: Grid, *, counts: Sequence[in
     return Plan(f"dpmpp-{order}s", tuple(tape.rows), **ends(grid), order=order)
 
 
+def build_blocks(schedule: NoiseSchedule, grid: Grid, *, order: int) -> Plan:
+    """DPM-Solver++(kS) with the grid's own nodes as inner points (diffusers' DPMSolverSinglestepScheduler): blocks of `order`
+    intervals, every point in a block reached from the block's start, the last blocks shorter (Lu et al. 2022a, section 3.4)."""
+    tape, first = Tape(), 0
+    for i in range(grid.steps):
+        left, done = grid.steps - first, i - first  # from the block's start to the end; and the points evaluated in the block
+        length = order if left > order else max(1, left - 1) if left == order else left
+        a, b = grid.nodes[first], grid.nodes[i + 1]
+        entries = [(i, grid.nodes[i])] + ([(first, a)] if done else [])
+        if b.sigma == 0.0 or (done and a.alpha == 0.0):
+            entries = [(i, grid.nodes[i])]
+        point = step(Denoised(second="midpoint" if done == 1 else "exact"), entries, a, b)
+        ends_block = done + 1 == length
+        tape.add(grid.nodes[i], i, point, None if ends_block else STAY)
+        first = i + 1 if ends_block else first
+    return Plan(f"dpmpp-{order}s-grid", tuple(tape.rows), **ends(grid), order=2)
+
+
 def check_eta(eta: float, most: float = 1.0) -> None:
     if not 0.0 <= eta <= most:
         raise FastdiffError(f"eta must lie in [0, {most:g}]; given {eta}")

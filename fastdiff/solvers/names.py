@@ -26,7 +26,7 @@ class Preset:
 # A1111's menu win over ComfyUI's.
 PRESETS = {
     "DPMSolverMultistepScheduler": Preset("dpmpp-2m"), "DPMSolverMultistepInverseScheduler": Preset("dpmpp-2m"),
-    "DPMSolverSinglestepScheduler": Preset("dpmpp-2s"), "UniPCMultistepScheduler": Preset("unipc-2"),
+    "UniPCMultistepScheduler": Preset("unipc-2"),
     "DEISMultistepScheduler": Preset("deis-log-rho-2"), "LMSDiscreteScheduler": Preset("lms-4"),
     "IPNDMScheduler": Preset("ipndm-4"), "PNDMScheduler": Preset("pndm"),
     "FlowMatchEulerDiscreteScheduler": Preset("euler", grid="uniform_t"),

@@ -30,6 +30,7 @@ OURS = {
         f"unipc-{o['solver_order']}",
         {"lower_final": True, "variant": o["solver_type"], "correct": "disable_corrector" not in o},
     ),
+    "DPMSolverSinglestepScheduler": lambda o: (f"dpmpp-{o['solver_order']}s-grid", {}),
     "LCMScheduler": lambda o: ("lcm", {}),
     "TCDScheduler": lambda o: ("tcd", {"gamma": o["eta"]}),
     "SASolverScheduler": lambda o: (
@@ -91,8 +92,6 @@ def ours(run):
     # SDE-DPM-Solver++ of order 3 in diffusers is not frozen: its third-order term has -0.5 where +0.5 belongs (k-diffusion has
     # it right), so that its error is of order 1. DPM-2 of diffusers has k-diffusion's formulas.
     # No table of ours: IPNDMScheduler as shipped starts at alpha = 0, where it divides by 1e-8.
-    # DPMSolverSinglestepScheduler restarts each block from its first state with the levels of the grid as inner points:
-    # another construction than DPM-Solver++(kS).
     return None
 
 
@@ -184,7 +183,7 @@ def test_result_and_every_state_agree(run):
 def test_every_solver_of_ours_that_a_peer_has_is_compared():
     compared = {ours(run)[0] for run in COVERED}
     assert set(fd.list_solvers()) - compared == NOT_FROZEN
-    assert len(COVERED) == 335
+    assert len(COVERED) == 359
 
 
 def test_published_third_order_is_not_the_corrected_one():
