@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import files
 from ..denoiser import Denoiser
@@ -17,10 +17,11 @@ from ..errors import FastdiffError
 from ..guide import Guided
 from ..plans import Plan
 from . import manifest as manifests
-from . import parity
 from .need import need
-from .network import Traced, network_model, trace
-from .sampler import LONGEST_UNROLLED, SCALE, Contrast, contrast_of, sampler_model
+
+if TYPE_CHECKING:  # these need onnx, whose absence is one line of `export` and no ImportError
+    from .network import Traced
+    from .sampler import Contrast
 
 LARGEST = 1_900_000_000  # bytes: a protobuf ends at 2 GB, so the weights of a larger model lie in a file beside it
 TEMPLATE = Path(__file__).with_name("standalone.py")
@@ -28,7 +29,7 @@ TEMPLATE = Path(__file__).with_name("standalone.py")
 
 @dataclass(frozen=True)
 class Wish:
-    """What to make: precision "fp32" or "fp16", target "onnxruntime" or "tensorrt", unrolled or a Loop; class names for the files."""
+    """What to make: precision "fp32" or "fp16", target "onnxruntime" or "tensorrt", unrolled or a Loop; the classes' names."""
 
     precision: str = "fp32"
     target: str = "onnxruntime"
@@ -38,6 +39,10 @@ class Wish:
 
 def write_onnx(folder: Path, denoiser: Denoiser, plan: Plan, wish: Wish) -> dict[str, Any]:
     """The ONNX files, plan and runner in `folder`, compared with the eager sampler; the manifest's content."""
+    from . import parity
+    from .network import network_model, trace
+    from .sampler import contrast_of, sampler_model
+
     contrast = contrast_of(denoiser) if isinstance(denoiser, Guided) else None
     plain = denoiser.positive if isinstance(denoiser, Guided) else denoiser
     traced = trace(plain, wish.precision, wish.target)
@@ -47,15 +52,14 @@ def write_onnx(folder: Path, denoiser: Denoiser, plan: Plan, wish: Wish) -> dict
         _save(model, folder / f"{name}.onnx")
     plan.save(folder / "plan.json")
     shutil.copyfile(TEMPLATE, folder / "run.py")
-    further = tuple(contrast.inputs(traced)) if contrast else ()
-    figures = parity.check(folder, denoiser, plan, traced.conditions, further, wish.precision)
-    ranges = _ranges(traced, plan, contrast)
+    inputs = (*traced.conditions, *(contrast.inputs(traced) if contrast else ()))
+    figures = parity.check(folder, denoiser, plan, inputs, wish.precision)
+    ranges = _ranges(traced, contrast)
     return {
         "opset": traced.opset, "target": wish.target, "precision": wish.precision,
         "form": "unrolled" if wish.unroll else "loop", "table_columns": list(columns.names), "verified": True,
         "parity": figures,
-        "sampler": {"inputs": manifests.tensors(sampler.graph.input, ranges), "outputs": manifests.tensors(sampler.graph.output, ranges)},
-        "network": {"inputs": manifests.tensors(network.graph.input, ranges), "outputs": manifests.tensors(network.graph.output, ranges)},
+        "sampler": manifests.signature(sampler, ranges), "network": manifests.signature(network, ranges),
     }  # fmt: skip
 
 
@@ -70,8 +74,8 @@ def export(denoiser: Denoiser, plan: Plan, out: str | Path, wish: Wish | None = 
         out: a folder that does not exist yet, or is empty.
 
     Raises:
-        FastdiffError: packages missing, a folder in the way, a network, plan or guidance that no engine can hold, or an engine that
-            differs from the eager sampler. Nothing is left behind.
+        FastdiffError: packages missing, a folder in the way, a network, plan or guidance that no engine can hold, or an engine
+            that differs from the eager sampler. Nothing is left behind.
     """
     out, wish = Path(out), wish or Wish()
     if form not in FORMATS:
@@ -80,6 +84,8 @@ def export(denoiser: Denoiser, plan: Plan, out: str | Path, wish: Wish | None = 
         need(name)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise FastdiffError(f"{out} exists already: choose another --out, or remove it first")
+    from .sampler import LONGEST_UNROLLED
+
     if wish.unroll and plan.nfe > LONGEST_UNROLLED:  # said before the minute that tracing takes
         raise FastdiffError(f"--unroll copies the network for every call: at most {LONGEST_UNROLLED}, given {plan.nfe}")
     folder = _beside(out)
@@ -121,7 +127,8 @@ def _origin(denoiser: Denoiser, plan: Plan, wish: Wish) -> dict[str, Any]:
     guidance = None
     if isinstance(denoiser, Guided):
         low, high = denoiser.interval
-        guidance = {"input": SCALE, "default": denoiser.scale, "network_calls": 2, "interval": [low, None if high == float("inf") else high]}
+        interval = [low, None if high == float("inf") else high]
+        guidance = {"input": "guidance_scale", "default": denoiser.scale, "network_calls": 2, "interval": interval}
     config = getattr(denoiser.network, "config", None)
     return {
         "format": manifests.FORMAT,
@@ -141,10 +148,10 @@ def _origin(denoiser: Denoiser, plan: Plan, wish: Wish) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _ranges(traced: Traced, plan: Plan, contrast: Contrast | None) -> dict[str, list[float]]:
+def _ranges(traced: Traced, contrast: Contrast | None) -> dict[str, list[float]]:
     schedule = traced.denoiser.schedule
-    found: dict[str, list[float]] = {"t": [schedule.t_min, schedule.t_max], "images": [0.0, 1.0], SCALE: [0.0, float(2**10)]}
+    found: dict[str, list[float]] = {"t": [schedule.t_min, schedule.t_max], "images": [0.0, 1.0]}
     for c in (*traced.conditions, *(contrast.inputs(traced) if contrast else ())):
         if c.limits is not None:
-            found[c.name] = [float(v) for v in c.limits]
+            found[c.name] = list(c.limits)
     return found

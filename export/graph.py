@@ -11,7 +11,7 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto,
 
 IR = 10  # read by ONNX Runtime 1.18 and later, TensorRT 10 and later
 FLOAT, DOUBLE, INT64, BOOL = TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.INT64, TensorProto.BOOL
-Shape = Sequence[int | str]  # a name is a dimension of any size
+Shape = Sequence[Any]  # numbers, and names for what may have any size
 
 
 class Graph:

@@ -55,6 +55,10 @@ def tensors(values: Any, ranges: dict[str, list[float]]) -> list[dict[str, Any]]
     return found
 
 
+def signature(model: Any, ranges: dict[str, list[float]]) -> dict[str, Any]:
+    return {"inputs": tensors(model.graph.input, ranges), "outputs": tensors(model.graph.output, ranges)}
+
+
 def files_of(folder: Path) -> dict[str, dict[str, Any]]:
     """Every file of the folder with its hash and size."""
     return {p.name: {"sha256": sha256(p), "bytes": p.stat().st_size} for p in sorted(folder.iterdir()) if p.name != NAME}
@@ -83,7 +87,7 @@ def read(folder: str | Path) -> dict[str, Any]:
         if Path(name).name != name or not path.is_file():
             raise CheckpointError(f"{folder} lacks {name}: the engine is not complete; export it again")
         if (found := sha256(path)) != wanted:
-            raise CheckpointError(f"{path} has sha256 {found[:16]}..., {NAME} says {wanted[:16]}...: damaged or changed; export again")
+            raise CheckpointError(f"{path} has sha256 {found[:16]}..., {NAME} says {wanted[:16]}...: damaged; export it again")
     if not {"sampler.onnx", "network.onnx", "plan.json"} <= set(entries):
         raise CheckpointError(f"{folder / NAME} does not name all parts of an engine; export it again")
     return dict(manifest)

@@ -90,7 +90,8 @@ class _Head(nn.Module):
     def forward(self, t: Tensor) -> tuple[Tensor, ...]:
         c, c_noise = self.denoiser._at_tensor(t.float(), t)
         ones = torch.ones_like(t)
-        return (*((v.double().view(-1) * ones if isinstance(v, Tensor) else v * ones).float() for v in c), c_noise + 0 * t.float())
+        flat = [v.double().view(-1) if isinstance(v, Tensor) else v for v in c]
+        return (*((v * ones).float() for v in flat), c_noise + 0 * t.float())
 
 
 def conditions_of(denoiser: Denoiser) -> tuple[tuple[Condition, ...], dict[str, Any]]:
@@ -194,7 +195,8 @@ def _scalar(s: float, dtype: int = 1, layout: str = "", device: str = "", pin_me
     import onnx_ir
     from onnxscript import opset18
 
-    return opset18.Constant(value=onnx_ir.tensor(np.array(s, onnx_ir.DataType(dtype).numpy())))
+    exact: Any = onnx_ir.tensor(np.array(s, onnx_ir.DataType(dtype).numpy()))
+    return opset18.Constant(value=exact)
 
 
 @contextmanager

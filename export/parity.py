@@ -37,9 +37,9 @@ class Case:
 
 
 def check(
-    folder: Path, denoiser: Denoiser, plan: Plan, conditions: tuple[Condition, ...], further: tuple[Condition, ...], precision: str
+    folder: Path, denoiser: Denoiser, plan: Plan, inputs: tuple[Condition, ...], precision: str
 ) -> dict[str, Any]:
-    """Figures of sampler.onnx and network.onnx in `folder`.
+    """Figures of sampler.onnx and network.onnx in `folder`; `inputs` are their conditions, those of guidance too.
 
     Raises:
         FastdiffError: a difference beyond the tolerance of the precision.
@@ -51,7 +51,7 @@ def check(
     figures: dict[str, Any] = {"provider": provider, "seeds_from": first, "sampler": [], "network": []}
     for batch in BATCHES:
         seeds = list(range(first, first + batch))
-        drawn = {c.name: _condition(c, batch, first) for c in (*conditions, *further)}
+        drawn = {c.name: _condition(c, batch, first) for c in inputs}
         scale = denoiser.scale if isinstance(denoiser, Guided) else 1.0
         case = Case(seeds, drawn, scale)
         figures["sampler"].append({"batch": batch, **_sampler(sampler, denoiser, plan, case, precision)})

@@ -103,5 +103,5 @@ def session(path: Path, provider: str = "auto", threads: int | None = None) -> t
     # a provider that fails to start is replaced by the next without a word: what the session has is asked, and told
     used = next(name for name, f in PROVIDERS.items() if f == made.get_providers()[0])
     if provider != "auto" and used != provider:
-        raise FastdiffError(f"provider {provider} did not start, onnxruntime fell back to {used}: check its libraries and the driver")
+        raise FastdiffError(f"provider {provider} did not start (onnxruntime took {used}): check its libraries and driver")
     return made, used

@@ -5,7 +5,8 @@ for each network call, a column for each weight that is neither 0 nor 1 in every
 matrix product, which hosts with tensor cores would round to TF32. The weights of the network lie inside the loop's body: outside,
 ONNX Runtime does not pack them for its kernels and every call is slower.
 
-Guidance evaluates both conditions in one batch of twice the size: one network graph, and one large call instead of two small ones.
+Guidance evaluates both conditions in one batch of twice the size: one network graph, and one large
+call instead of two small ones.
 """
 
 from __future__ import annotations
@@ -83,8 +84,8 @@ def sampler_model(traced: Traced, plan: Plan, contrast: Contrast | None = None, 
     """The model, and the table's columns.
 
     Inputs: noise (batch, *shape) float32 unit normals (draw 0); `noises` (draws, batch, *shape) where the plan draws; the
-    network's conditions; `guidance_scale` () float32 with guidance. Outputs: `x` (batch, *shape) float32 in the model's data range;
-    `images` the same in [0, 1].
+    network's conditions; `guidance_scale` () float32 with guidance. Outputs: `x` (batch, *shape) float32 in the model's data
+    range; `images` the same in [0, 1].
 
     Raises:
         FastdiffError: a plan too long to unroll, or one that the denoiser cannot be asked along.
@@ -202,7 +203,7 @@ class _Row:
         return _sum(g, [(w, v) for w, v in ((c["c_skip"], y), (c["c_out"], f)) if w != 0.0]) or _zeros(g, y)
 
     def _guided(self, g: Graph, f: str, acts: Weight) -> str:
-        """F_n + scale (F_c - F_n): the four scalars are the same for both, so this is guidance of x0. Scale 1 where it does not act."""
+        """F_n + scale (F_c - F_n): both have the same four scalars, so this is guidance of x0. Scale 1 where it does not act."""
         if acts == 0.0:
             scale: Weight = 1.0
         elif acts == 1.0:

@@ -33,8 +33,9 @@ def png(image: np.ndarray) -> bytes:
     """The file of a (C, H, W) uint8 image of 1 or 3 channels."""
     channels, height, width = image.shape
     rows = b"".join(b"\0" + line.tobytes() for line in image.transpose(1, 2, 0))
-    parts = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2 if channels == 3 else 0, 0, 0, 0)), (b"IDAT", zlib.compress(rows))]
-    chunks = [struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in [*parts, (b"IEND", b"")]]
+    header = struct.pack(">IIBBBBB", width, height, 8, 2 if channels == 3 else 0, 0, 0, 0)
+    parts = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    chunks = [struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in parts]
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
@@ -51,7 +52,8 @@ def main() -> None:
             sys.exit(f"{name} is not the file of the manifest: the engine is damaged")
     first, last = (given.seeds.split("-") * 2)[:2]
     seeds, shape, names = range(int(first), int(last) + 1), engine["source"]["shape"], engine["source"]["classes"]
-    draws = [np.stack([normal(s, k, int(np.prod(shape))).reshape(shape) for s in seeds]) for k in range(engine["plan"]["draws"] + 1)]
+    count = int(np.prod(shape))
+    draws = [np.stack([normal(s, k, count).reshape(shape) for s in seeds]) for k in range(engine["plan"]["draws"] + 1)]
     feed = {"noise": draws[0], "noises": np.stack(draws[1:]) if draws[1:] else None, "guidance_scale": np.float32(given.guidance)}
     feed["class_labels"] = np.array([s % max(len(names), 1) for s in seeds], np.int64)
     session = onnxruntime.InferenceSession(HERE / "sampler.onnx", providers=["CPUExecutionProvider"])

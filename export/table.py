@@ -65,8 +65,8 @@ def compile_table(plan: Plan) -> Table:
         rows.append(_row(group, size, width))
         places.append([drawn + k if k < count else 0 for k in range(width)])
         drawn += count
-    table = Table(start, np.stack(rows), np.array(places, np.int64).reshape(len(rows), width), np.array([g[0].t for g in groups[1:]]))
-    return _merged(table)
+    draws = np.array(places, np.int64).reshape(len(rows), width)
+    return _merged(Table(start, np.stack(rows), draws, np.array([group[0].t for group in groups[1:]])))
 
 
 def _draw_count(group: Sequence[Step]) -> int:

@@ -10,7 +10,9 @@ import typer
 from ..errors import FastdiffError
 from .bench import bench, demo
 from .console import errors
+from .export import export
 from .info import info, solvers
+from .run import run
 from .sample import sample
 from .train import train
 from .tune import tune
@@ -24,6 +26,8 @@ app.command()(sample)
 app.command()(bench)
 app.command()(train)
 app.command()(tune)
+app.command()(export)
+app.command()(run)
 app.command()(solvers)
 app.command()(info)
 

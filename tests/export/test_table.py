@@ -11,7 +11,8 @@ from fastdiff.errors import FastdiffError
 from fastdiff.export.table import compile_table
 from fastdiff.plans import IDENTITY, Plan, Row, Weights
 
-OPTIONS = {"euler churn": ("euler", {"s_churn": 40.0}), "heun churn": ("heun", {"s_churn": 40.0}), "ddim eta": ("ddim", {"eta": 0.7})}
+CHURN = {"s_churn": 40.0}
+OPTIONS = {"euler churn": ("euler", CHURN), "heun churn": ("heun", CHURN), "ddim eta": ("ddim", {"eta": 0.7})}
 CASES = {**{name: (name, {}) for name in fd.list_solvers()}, **OPTIONS}
 
 
