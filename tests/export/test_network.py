@@ -49,8 +49,12 @@ def compare(traced, tmp_path, times, count=3):
     return float(np.abs(run.run(None, feed)[0] - want.numpy()).max() / want.abs().max())
 
 
+FEW = [("vp_cosine", "v"), ("edm", "edm"), ("flow", "flow"), ("discrete", "eps")]
+ALL = [*((schedule, "eps") for schedule in SCHEDULES), *(("vp_cosine", p) for p in ("edm", "flow", "score", "x0"))]
+
+
 @pytest.mark.parametrize("schedule, prediction", [
-    *((schedule, "eps") for schedule in SCHEDULES), *(("vp_cosine", p) for p in ("v", "edm", "flow", "score", "x0")),
+    *FEW, *(pytest.param(*case, marks=pytest.mark.slow) for case in ALL if case not in FEW),
 ])  # fmt: skip
 def test_it_is_the_denoiser(schedule, prediction, tiny_traced, tmp_path):
     s = SCHEDULES[schedule]
