@@ -81,7 +81,7 @@ def test_times_keep_their_digits(tiny_traced, tmp_path):
 def test_learned_variance_is_left_out(tmp_path):
     from fastdiff.export.network import trace
 
-    traced = trace(fd.Denoiser(Small(2), fd.schedule.vp_linear(), "eps", shape=(1, 8, 8), time=lambda t: 999 * t))
+    traced = trace(fd.Denoiser(Small(2).eval(), fd.schedule.vp_linear(), "eps", shape=(1, 8, 8), time=lambda t: 999 * t))
     assert not traced.conditions
     assert compare(traced, tmp_path, [0.1, 0.5, 0.9]) < 5e-6
 
