@@ -20,7 +20,7 @@ Json = Annotated[bool, typer.Option("--json", help="machine-readable, one object
 
 
 def solvers(
-    name: Annotated[str | None, typer.Argument(help="a solver or any name people know it by: its options and aliases too")] = None,
+    name: Annotated[str | None, typer.Argument(help="a solver, by any name people know: its options and aliases too")] = None,
     as_json: Json = False,
 ) -> None:
     """List every solver with its order, cost and recommended grid; with a name, all that is known of that one."""
