@@ -38,7 +38,7 @@ def test_the_matrices_are_the_plan(case, nfe, end):
         got, want = both(plan)
         # eps forms cancel weights that are hundreds of times their sum: what they round off stays
         largest = max(sum(map(abs, w.values)) for row in plan.rows for w in (row.next, row.base))
-        np.testing.assert_allclose(got, want, rtol=0, atol=max(1e-11, 4e-13 * largest) * max(1.0, np.abs(want).max()))
+        np.testing.assert_allclose(got, want, rtol=0, atol=max(1e-11, 1e-12 * largest) * max(1.0, np.abs(want).max()))
 
 
 def test_told_times_are_the_rows_own():
