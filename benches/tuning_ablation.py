@@ -46,8 +46,8 @@ VARIANTS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "coefficients": ("coefficients", 512, {}),
     "nodes": ("nodes", 512, {}),
     "full, 128 pairs": ("full", 128, {}),
-    "full, relaxed target 0.02": ("full", 512, {"relax": 0.02}),
     "full, 2,048 pairs": ("full", 2048, {}),
+    "full, relaxed target 0.02": ("full", 512, {"relax": 0.02}),
 }
 
 
@@ -66,9 +66,16 @@ def row(plan: Plan, test: Pairs) -> dict[str, Any]:
     return {"rmse": found.value, "rmse_lo": found.lo, "rmse_hi": found.hi, "mmd": score.mmd, "n": len(error)}
 
 
-def variants(den: fd.Denoiser, work: Path, pairs: Callable[[fd.Denoiser, Setup], Pairs]) -> dict[str, Any]:
+def hand_made(den: fd.Denoiser, test: Pairs) -> dict[str, Any]:
+    return {f"hand-made: {s} · {g}": row(fd.plan(s, den, NFE, grid=g), test) for s, g in HAND_MADE}
+
+
+def variants(
+    den: fd.Denoiser, work: Path, pairs: Callable[[fd.Denoiser, Setup], Pairs], keep: Callable[[dict[str, Any]], None]
+) -> None:
+    """Every variant in turn; `keep` is given all that is finished after each."""
     test, held = pairs(den, Setup(512, TEST)), pairs(den, Setup(256, HELD))
-    out: dict[str, Any] = {}
+    out = hand_made(den, test)
     for name, (freedom, n, settings) in VARIANTS.items():
         path = work / f"{name.replace(' ', '_').replace(',', '')}.json"
         if not path.exists():
@@ -78,9 +85,7 @@ def variants(den: fd.Denoiser, work: Path, pairs: Callable[[fd.Denoiser, Setup],
         plan = Plan.load(path)
         out[name] = {"freedom": freedom, "pairs": n, **settings, "seconds": plan.provenance["seconds"], **row(plan, test)}
         print(name, json.dumps(out[name]), flush=True)
-    for solver, grid in HAND_MADE:
-        out[f"hand-made: {solver} · {grid}"] = row(fd.plan(solver, den, NFE, grid=grid), test)
-    return out
+        keep({k: out[k] for k in sorted(out, key=lambda k: float(out[k]["rmse"]))})
 
 
 def transfer(den: fd.Denoiser, others: fd.Denoiser, setup: Setup, pairs: Callable[[fd.Denoiser, Setup], Pairs]) -> dict[str, Any]:
@@ -169,16 +174,21 @@ def main() -> None:
 
     record: dict[str, Any] = {
         "checkpoint": den.hash, "nfe": NFE, "steps": STEPS, "start": " · ".join(START), "versions": versions(),
-        "variants": variants(den, args.work, pairs),
     }  # fmt: skip
+
+    def keep(**more: Any) -> None:
+        record.update(more)
+        files.write_text(args.out, json.dumps(record, indent=1) + "\n")
+        files.write_text(args.out.parent / "ABLATION.md", markdown(record))
+
     assert {p.nfe for p in den.tuned} == set(BUDGETS)
-    record["guidance"] = {"scale": GUIDANCE, **transfer(den, den, Setup(TRANSFERRED, TEST, GUIDANCE), pairs)}
+    guided = transfer(den, den, Setup(TRANSFERRED, TEST, GUIDANCE), pairs)
+    record["guidance"] = {"scale": GUIDANCE, **guided}
     if args.data:
         other = fine_tuned(den, args.data, args.work / "fine-tuned.pt")
         settings = {"steps": FINE_TUNING_STEPS, "batch": 64, "lr": FINE_TUNING_LR, "classes": FINE_TUNED_ON}
         record["fine_tuned"] = {**settings, **transfer(den, other, Setup(TRANSFERRED, TEST), pairs)}
-    files.write_text(args.out, json.dumps(record, indent=1) + "\n")
-    files.write_text(args.out.parent / "ABLATION.md", markdown(record))
+    variants(den, args.work, pairs, lambda found: keep(variants=found))
 
 
 if __name__ == "__main__":
