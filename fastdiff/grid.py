@@ -157,6 +157,49 @@ AYS_TABLES = {
 }
 
 
+def kl_optimal(schedule: NoiseSchedule, n: int) -> Array:
+    """atan(sigma/alpha) uniform (Sabour et al. 2024, AYS, section 3.3: KL-optimal for Gaussian data of unit variance)."""
+    high, low = _ratio_range(schedule)
+    r = _ramp(n)
+    return _ratio_times(schedule, np.tan((1 - r) * math.atan(high) + r * math.atan(low)))
+
+
+def cosine(schedule: NoiseSchedule, n: int) -> Array:
+    """sigma/alpha falls as half a cosine of the square root of the step: "cosine" in A1111's webUI_ExtraSchedulers."""
+    high, low = _ratio_range(schedule)
+    return _ratio_times(schedule, low + (high - low) * (1 - np.cos(np.pi * (1 - np.sqrt(_ramp(n))))) / 2)
+
+
+def linear_quadratic(schedule: NoiseSchedule, n: int, clean: bool, threshold: float = 0.025) -> Array:
+    """Half of the steps fall linearly by `threshold` of the way, the others quadratically to the end, smooth where they meet
+    (Mochi 1, and LTX-Video and ComfyUI after it). In the schedule's own time: sigma for flow and VE models."""
+    steps = n if clean else n - 1
+    linear = steps // 2
+    if not linear:
+        return np.array([schedule.t_max, schedule.t_min])[:n]
+    if not 0.0 < threshold < 1.0:
+        raise FastdiffError(f"threshold must lie between 0 and 1; given {threshold}")
+    i, rest = np.arange(n), steps - linear
+    slope = threshold / linear
+    bend = (1 - slope * steps) / rest**2  # from the point where the linear part ends, with its slope, to 1
+    t = _down_to_t_min(schedule, schedule.t_max * (1 - slope * i - bend * np.maximum(i - linear, 0) ** 2))
+    return t if clean else np.append(t[:-1], schedule.t_min)  # to the bit
+
+
+def sgm_uniform(schedule: NoiseSchedule, n: int, clean: bool) -> Array:
+    """Uniform from t_max towards t_min, which is left out where the end is clean data (Stability's generative-models)."""
+    return np.linspace(schedule.t_max, schedule.t_min, n + clean)[:n]
+
+
+def simple(schedule: NoiseSchedule, n: int, clean: bool) -> Array:
+    """Every (T/n)-th entry of a model's table from its noisiest on (ComfyUI); without a table uniform, as trailing."""
+    steps = n if clean else n - 1
+    table = schedule.discrete_count if isinstance(schedule, VPFromAlphasCumprod) else 0
+    i = np.arange(steps)
+    t = table - 1 - np.floor(i * (table / steps)) if table else _uniform_times(schedule, 1 - i / steps)
+    return t if clean else np.append(t, schedule.t_min)
+
+
 def _uniform_times(schedule: NoiseSchedule, u: Array) -> Array:
     return _down_to_t_min(schedule, np.asarray(schedule.time_of_uniform(u), np.float64))
 
@@ -203,6 +246,8 @@ def flow_shift(schedule: NoiseSchedule, n: int, clean: bool, num_tokens: int) ->
 GRIDS: dict[str, Callable[..., Array]] = {
     "uniform_t": uniform_t, "quadratic": quadratic, "uniform_lambda": uniform_lambda, "karras": karras,
     "exponential": uniform_lambda, "polyexponential": polyexponential, "beta": beta, "flow_shift": flow_shift, "ays": ays,
+    "sgm_uniform": sgm_uniform, "simple": simple, "linear_quadratic": linear_quadratic, "kl_optimal": kl_optimal,
+    "cosine": cosine,
 }  # fmt: skip
 
 

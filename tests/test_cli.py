@@ -269,6 +269,9 @@ def test_solvers_lists_them_all(fastdiff):
         assert listed[name]["aliases"] == list(info.aliases) and listed[name]["stochastic"] is info.stochastic
     code, out, _ = fastdiff("solvers")
     assert code == 0 and all(f"{name} " in out for name in fd.list_solvers())
+    code, out, _ = fastdiff("solvers", "euler_a")
+    assert code == 0 and out.startswith("euler-ancestral") and "eta 1.0" in out
+    one_line(*fastdiff("solvers", "eulr"), "did you mean")
 
 
 def test_info(fastdiff, checkpoint):

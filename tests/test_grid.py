@@ -27,6 +27,8 @@ FAMILIES = [
     ("uniform_lambda", {}), ("exponential", {}), ("polyexponential", {"rho": 0.7}), ("polyexponential", {"rho": 2.0}),
     ("karras", {}), ("karras", {"rho": 3.0}), ("beta", {}), ("beta", {"a": 1.5, "b": 0.4}),
     ("flow_shift", {"num_tokens": 4096}), ("ays", {}), ("ays", {"table": "svd"}),
+    ("sgm_uniform", {}), ("simple", {}), ("kl_optimal", {}), ("cosine", {}), ("linear_quadratic", {}),
+    ("linear_quadratic", {"threshold": 0.2}),
 ]  # fmt: skip
 START_AT_ZERO_SNR = [s for s in SCHEDULES if float(s.alpha(s.t_max)) == 0.0]
 
@@ -214,3 +216,35 @@ def test_nodes():
     node = grids.node_at_lam(sch.vp_cosine(), 0.7)
     assert node.lam == pytest.approx(0.7, abs=1e-12) and node.u == pytest.approx(math.exp(-0.7), rel=1e-12)
     assert grids.Node(0.0, 1.0, 0.0).lam == math.inf and grids.Node(0.0, 1.0, 0.0).u == 0.0
+
+
+def test_sgm_uniform_and_simple_are_comfyuis():
+    """Stability's sgm_uniform: n + 1 uniform times without the last; ComfyUI's simple: table[-(1 + int(i T/n))]."""
+    for n in (1, 3, 7, 20):
+        assert times(grids.make("sgm_uniform", DISCRETE, n))[:-1] == pytest.approx(np.linspace(999, 0, n + 1)[:-1])
+        table = list(range(1000))
+        assert times(grids.make("simple", DISCRETE, n))[:-1].tolist() == [table[-(1 + int(i * (1000 / n)))] for i in range(n)]
+    assert times(grids.make("simple", sch.flow(), 4)).tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
+
+
+def test_kl_optimal_and_cosine_formulas():
+    schedule = sch.edm()
+    r = np.linspace(0, 1, 9)
+    want = np.tan((1 - r) * math.atan(80.0) + r * math.atan(0.002))
+    np.testing.assert_allclose(times(grids.make("kl_optimal", schedule, 9))[:-1], want, rtol=1e-9)
+    want = 0.002 + 0.5 * (80 - 0.002) * (1 - np.cos(np.pi * (1 - r**0.5)))
+    np.testing.assert_allclose(times(grids.make("cosine", schedule, 9))[:-1], want, rtol=1e-9)
+
+
+@pytest.mark.parametrize(("n", "threshold"), [(2, 0.025), (5, 0.025), (8, 0.1), (30, 0.025)])
+def test_linear_quadratic_is_mochis(n, threshold):
+    """As its authors define it: two polynomials in i, of which the second is fixed by value and slope where they meet and by 1
+    at n; solved here as linear equations."""
+    half = n // 2
+    slope = threshold / half
+    system = np.array([[half**2, half, 1], [2 * half, 1, 0], [n**2, n, 1]])
+    a, b, c = np.linalg.solve(system, [threshold, slope, 1.0])
+    want = [1 - (slope * i if i < half else a * i * i + b * i + c) for i in range(n)]
+    got = times(grids.make("linear_quadratic", sch.flow(), n, threshold=threshold))
+    np.testing.assert_allclose(got[:-1], want, rtol=0, atol=1e-12)
+    assert got[-1] == 0.0

@@ -32,11 +32,19 @@ SCHEDULES = {
     "shifted": fd.schedule.vp_cosine().shifted(2.0),
 }
 GRIDS = ("uniform_t", "quadratic", "uniform_lambda", "karras", "beta", "ays")
-VARIANTS = [(name, {}) for name in fd.list_solvers()] + [
+INEXACT = {"euler-maruyama", "consistency"}  # they declare it, and are tested in solvers/test_small_n.py
+ON_EPS = ("lms", "ipndm", "plms", "pndm", "deis", "dpm-", "gradient", "rk4")
+VARIANTS = [(name, {}) for name in fd.list_solvers() if name not in INEXACT] + [
     ("ddim", {"eta": 0.4}), ("ddim", {"eta": 1.0}), ("euler-ancestral", {"eta": 0.5}), ("ddpm", {"variance": "large"}),
     ("euler", {"s_churn": 20.0}), ("euler", {"s_churn": 20.0, "s_noise": 1.003}),
     ("heun", {"s_churn": 40.0, "s_tmin": 0.05, "s_tmax": 50.0}),
     ("dpmpp-2m", {"lower_final": False}), ("dpmpp-3m", {"lower_final": True}),
+    ("unipc-4", {"start": "rk"}), ("unipc-2", {"variant": "bh1"}), ("dpmpp-3m", {"start": "rk"}), ("lms-4", {"start": "rk"}),
+    ("deis-tab-4", {"start": "rk"}), ("ipndm-4", {"start": "rk"}), ("dpm-2", {"s_churn": 20.0}),
+    ("dpm-2-ancestral", {"eta": 0.4}), ("dpmpp-sde", {"eta": 0.4}), ("dpmpp-sde", {"one_path": False}),
+    ("dpmpp-2m-sde", {"eta": 2.0}), ("sa-solver", {"predictor": 3, "corrector": 4, "tau": 0.5}),
+    ("sa-solver", {"corrector": 0}), ("sa-solver-pece", {"tau_min": 0.1, "tau_max": 2.0}), ("tcd", {"gamma": 0.0}),
+    ("restart", {"repeats": 2, "length": 1}),
     ("unipc-2", {"correct": False}), ("unipc-3", {"lower_final": False}), ("unipc-3", {"lower_final": True}),
 ]  # fmt: skip
 BUDGETS = (1, 2, 3, 5, 8, 20)
@@ -73,7 +81,7 @@ def test_random_grids_pass_too(variant, schedule, end, gaps):
     moments = plan.moments()
     assert len(moments) == len(plan.rows) + 1 and all(math.isfinite(v) for m in moments for v in m)
     # the check has teeth: what it forgives as rounding stays small. On eps, terms grow as 1/alpha and with fixed weights
-    forgiven = (1e-7 if variant[0].startswith(("lms", "ipndm")) else 1e-10) * max(1.0, plan.start[1])
+    forgiven = (1e-7 if variant[0].startswith(ON_EPS) else 1e-10) * max(1.0, plan.start[1])
     assert all(rounding < forgiven for _, _, rounding in moments)
 
 
@@ -264,13 +272,14 @@ def test_program_computes_what_the_rows_say(name, options, schedule, end):
         noises = rng.standard_normal((1 + plan.draws, 5))
         start = noises[0] * plan.start[1]
         expected = result(plan, BIMODAL.denoise, start, noises[1:])
-        np.testing.assert_allclose(execute(plan, BIMODAL.denoise, start, noises[1:]), expected, rtol=0, atol=1e-11)
+        bound = 1e-11 + plan.moments()[-1][2]  # on eps with fixed weights terms grow, and with them their rounding
+        np.testing.assert_allclose(execute(plan, BIMODAL.denoise, start, noises[1:]), expected, rtol=0, atol=bound)
         level = {row.t: (row.alpha, row.sigma) for row in plan.rows}
         out = run(
             lambda y, t, level=level: torch.from_numpy(BIMODAL.denoise(y.numpy(), *level[t])),
             plan, torch.from_numpy(start), fd.noise.recorded(torch.from_numpy(noises)),
         )  # fmt: skip
-        np.testing.assert_allclose(out.numpy(), expected, rtol=0, atol=1e-11)
+        np.testing.assert_allclose(out.numpy(), expected, rtol=0, atol=bound)
 
 
 def random_plan(rng):
@@ -383,7 +392,8 @@ def test_every_info_agrees_with_its_plans():
     for name, info in fd.list_solvers().items():
         plan = fd.plan(name, MODERATE["vp"], steps=20, end="sigma_min")
         assert (plan.name, plan.order, plan.stochastic) == (name, info.order, info.stochastic)
-        assert plan.nfe == 20 * info.nfe_per_step
+        first = {"plms": 1, "pndm": 9, "sa-solver-pece": -1, "restart": 4}.get(name, 0)  # starts, no second look, a repeat
+        assert plan.nfe == 20 * info.nfe_per_step + first
         assert all(isinstance(key, str) for key in info.options)
 
 

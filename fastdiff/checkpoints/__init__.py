@@ -10,13 +10,15 @@ from ..plans import Plan
 from ..shipped import HASHES, SHIPPED, shipped_path
 from . import native
 
+ENGINE = "manifest.json"  # what makes a folder an exported engine
 PLANS = "plans"  # folder beside a checkpoint
 
 __all__ = ["SHIPPED", "load", "shipped_path"]
 
 
 def load(path: str | Path) -> Denoiser:
-    """The denoiser of a native .safetensors file, of a training run's folder, or of a shipped model by its name.
+    """The denoiser of a native .safetensors file, of a training run's folder, of an exported engine's folder, or of a shipped
+    model by its name.
 
     Raises:
         CheckpointError: nothing there, an unknown layout, a file that is truncated, tampered with or could run code.
@@ -24,6 +26,10 @@ def load(path: str | Path) -> Denoiser:
     if str(path) in SHIPPED:
         return _with_plans(native.load(shipped_path(str(path))), SHIPPED[str(path)])
     path = Path(path)
+    if (path / ENGINE).is_file():
+        from .onnx import load as load_engine
+
+        return _with_plans(load_engine(path), path)
     if path.is_dir():
         path = path / "model.safetensors"
     if not path.exists():

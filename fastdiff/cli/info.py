@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from .console import CHECKPOINT_HELP, console
+from .console import CHECKPOINT_HELP, console, say
 
 OPTIONAL = (
     "triton", "onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_rtx", "diffusers", "matplotlib", "PIL",
@@ -19,32 +19,40 @@ OPTIONAL = (
 Json = Annotated[bool, typer.Option("--json", help="machine-readable, one object")]
 
 
-def solvers(as_json: Json = False) -> None:
-    """List every solver with its order, cost, recommended grid and options."""
+def solvers(
+    name: Annotated[str | None, typer.Argument(help="a solver, by any name people know: its options and aliases too")] = None,
+    as_json: Json = False,
+) -> None:
+    """List every solver with its order, cost and recommended grid; with a name, all that is known of that one."""
     from ..solvers import list_solvers
+    from ..solvers.registry import find
 
+    chosen = list_solvers().values() if name is None else [find(name)]
     entries: dict[str, dict[str, Any]] = {
-        name: {
-            "order": s.order, "nfe_per_step": s.nfe_per_step, "stochastic": s.stochastic, "grid": s.grid,
-            "options": s.options, "source": s.source, "aliases": list(s.aliases),
+        s.name: {
+            "order": s.order, "full_order": s.full_order or s.order, "nfe_per_step": s.nfe_per_step, "stochastic": s.stochastic,
+            "grid": s.grid, "options": s.options, "source": s.source, "aliases": list(s.aliases), "why_no_order": s.why_no_order,
         }
-        for name, s in list_solvers().items()
+        for s in chosen
     }  # fmt: skip
     if as_json:
         typer.echo(json.dumps(entries, indent=1))
         return
-    table = Table("name", "order", "NFE/step", "stochastic", "grid", "options", "source", "aliases", box=None)
-    for name, e in entries.items():
-        options = ", ".join(f"{k}={v}" for k, v in e["options"].items())
-        stochastic = "yes" if e["stochastic"] else ""
-        table.add_row(
-            name, str(e["order"]), str(e["nfe_per_step"]), stochastic, e["grid"], options, e["source"],
-            ", ".join(e["aliases"]),
-        )  # fmt: skip
-    for column in table.columns:
-        column.overflow = "fold"
-    table.columns[0].no_wrap = True
+    if name is not None:
+        for solver, entry in entries.items():
+            console.print(solver, style="bold", highlight=False)
+            for key, value in entry.items():
+                if value != "":
+                    console.print(f"  {key}: {_plain(value)}", markup=False, highlight=False, soft_wrap=True)
+        return
+    table = Table("name", "order", "NFE/step", "kind", "grid", "source", box=None)
+    for solver, e in entries.items():
+        full = f" ({e['full_order']})" if e["full_order"] > e["order"] else ""
+        order = f"{e['order']}{full}" if e["order"] else "-"
+        table.add_row(solver, order, str(e["nfe_per_step"]), "SDE" if e["stochastic"] else "ODE", e["grid"], e["source"])
+    table.columns[0].no_wrap = table.columns[4].no_wrap = True
     console.print(table, markup=False)
+    say("order: with the default start (with start=rk), weak order for an SDE; `fastdiff solvers NAME` has options and aliases")
 
 
 def info(

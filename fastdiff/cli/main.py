@@ -11,7 +11,9 @@ from ..errors import FastdiffError
 from .bench import bench, demo
 from .console import errors
 from .distill import distill
+from .export import export
 from .info import info, solvers
+from .run import run
 from .sample import sample
 from .train import train
 from .tune import tune
@@ -26,6 +28,8 @@ app.command()(bench)
 app.command()(train)
 app.command()(distill)
 app.command()(tune)
+app.command()(export)
+app.command()(run)
 app.command()(solvers)
 app.command()(info)
 

@@ -65,13 +65,13 @@ def sample(
         torch.set_num_threads(threads)
     numbers = parse_seeds(seeds)
     fixed = {"--solver": solver, "--nfe": nfe, "--grid": grid, "--end": end}
-    _check_together(fixed, {"--rtol": rtol, "--atol": atol}, plan, adaptive)
+    check_together(fixed, {"--rtol": rtol, "--atol": atol}, plan, adaptive)
     where = check_device(device)
     denoiser = load(checkpoint).to(where)
     names = class_names(denoiser, checkpoint)
     wanted = requests(numbers, parse_classes(classes, names), names)
     _check_network(denoiser, guidance)
-    method = _adaptive(rtol, atol) if adaptive else _fixed(_plan(denoiser, plan, fixed, guidance, force))
+    method = _adaptive(rtol, atol) if adaptive else _fixed(chosen_plan(denoiser, plan, fixed, guidance, force))
     began = time.perf_counter()
     images, calls = _run(denoiser, method, wanted, batch, guidance)
     seconds = time.perf_counter() - began
@@ -84,7 +84,7 @@ def sample(
     )
 
 
-def _check_together(
+def check_together(
     fixed: dict[str, str | int | None], tolerances: dict[str, float | None], plan: Path | None, adaptive: bool
 ) -> None:
     """Options that would be ignored are refused."""
@@ -101,6 +101,11 @@ def _check_together(
 def _check_network(denoiser: Denoiser, guidance: float) -> None:
     if denoiser.shape is None or len(denoiser.shape) != 3 or denoiser.shape[0] not in (1, 3):
         raise FastdiffError(f"pictures need samples of shape (1 or 3, H, W); this checkpoint makes {denoiser.shape}")
+    check_guidance(denoiser, guidance)
+
+
+def check_guidance(denoiser: Denoiser, guidance: float) -> None:
+    """Refuses guidance of a network without a null class."""
     if guidance != 1.0 and getattr(denoiser.network, "null_label", None) is None:
         raise FastdiffError(
             f"--guidance {guidance:g} needs a network with a null class (trained with label dropout); this one has "
@@ -108,7 +113,7 @@ def _check_network(denoiser: Denoiser, guidance: float) -> None:
         )
 
 
-def _plan(
+def chosen_plan(
     denoiser: Denoiser, path: Path | None, fixed: dict[str, str | int | None], guidance: float, force: bool
 ) -> Plan:
     """The plan asked for; without any wish the one the checkpoint ships with, or is tuned for it, else a hand-made one."""

@@ -11,6 +11,11 @@ from ..plans import IDENTITY, Weights
 from ..schedule import NoiseSchedule
 
 
+def lift_between(low: Node, high: Node) -> tuple[float, float]:
+    """What a state at `low` is scaled by, and the noise added, to reach the noisier level `high` (with alpha above 0)."""
+    return high.alpha / low.alpha, high.alpha * math.sqrt((high.u - low.u) * (high.u + low.u))
+
+
 class Churn:
     """The raised levels of a grid and the weights that reach them. Without churn every method returns what it was given.
 
@@ -40,21 +45,22 @@ class Churn:
     def lifts(self, i: int) -> bool:
         return self.raised[i] is not self.nodes[i]
 
-    def _lift(self, i: int) -> tuple[float, float]:
-        low, high = self.nodes[i], self.raised[i]
-        return high.alpha / low.alpha, high.alpha * math.sqrt((high.u - low.u) * (high.u + low.u)) * self.s_noise
+    def lift(self, i: int) -> tuple[float, float]:
+        """What the state at node i is scaled by, and the noise added, to reach the level where step i starts."""
+        scale, noise = lift_between(self.nodes[i], self.raised[i])
+        return scale, noise * self.s_noise
 
     @property
     def first(self) -> Weights:
         if not self.lifts(0):
             return IDENTITY
-        scale, noise = self._lift(0)
+        scale, noise = self.lift(0)
         return Weights(scale, (), (noise,))
 
     def land(self, w: Weights, i: int) -> tuple[Weights, Weights]:
         """(next, base) of the row that arrives at node i: both lifted to the level where step i starts."""
         if self.lifts(i):
-            scale, noise = self._lift(i)
+            scale, noise = self.lift(i)
             w = Weights(w.x * scale, tuple(h * scale for h in w.h), (noise,))
         return w, w
 

@@ -30,28 +30,29 @@ def ddim(a: Node, b: Node) -> Weights:
     return Weights(carry(a, b), (gain(a, b),))
 
 
-def ancestral(a: Node, b: Node, eta: float = 1.0) -> Weights:
-    """`ddim` to a lower noise level, with fresh noise up to b's (Song et al. 2020, DDIM, eq. 16).
+def quiet(a: Node, b: Node, eta: float = 1.0) -> tuple[Node, float]:
+    """A node below b, and the fresh noise that lifts it to b's level (Song et al. 2020, DDIM, eq. 16).
 
     The fresh part eta sigma_b sqrt(1 - e^-2h) is at once DDIM's sigma(eta), k-diffusion's sigma_up and, at eta = 1, the
     standard deviation of the DDPM posterior.
     """
+    if not eta:
+        return b, 0.0
     ratio = a.alpha * b.sigma / (a.sigma * b.alpha)  # e^-h
     up = eta * b.sigma * math.sqrt(max((1 - ratio) * (1 + ratio), 0.0))
-    kept = math.sqrt(max((b.sigma - up) * (b.sigma + up), 0.0))
-    quiet = Node(b.t, b.alpha, kept)
-    w = ddim(a, quiet)
+    return Node(b.t, b.alpha, math.sqrt(max((b.sigma - up) * (b.sigma + up), 0.0))), up
+
+
+def ancestral(a: Node, b: Node, eta: float = 1.0) -> Weights:
+    """`ddim` to a lower noise level, with fresh noise up to b's."""
+    below, up = quiet(a, b, eta)
+    w = ddim(a, below)
     return Weights(w.x, w.h, (up,) if up else ())
 
 
 def eps_entry(node: Node) -> tuple[tuple[float, float], ...]:
     """The store that keeps eps = (x - alpha D)/sigma; at alpha = 0, where eps holds no prediction, D itself."""
     return X0_ENTRY if node.alpha == 0.0 else ((1 / node.sigma, -node.alpha / node.sigma),)
-
-
-def eps_step(a: Node, b: Node, shares: Sequence[float]) -> Weights:
-    """x_b/alpha_b = x_a/alpha_a + (u_b - u_a) sum_j shares_j eps_j, on the eps history, newest first (u = sigma/alpha)."""
-    return Weights(b.alpha / a.alpha, tuple((b.sigma - b.alpha * a.u) * s for s in shares))
 
 
 def row(node: Node, nxt: Weights, base: Weights | None = None, **fields: object) -> Row:
@@ -70,10 +71,11 @@ def usable(grid: Grid, i: int) -> int:
     return i + (grid.nodes[0].alpha > 0.0)
 
 
-def multistep_order(grid: Grid, i: int, order: int, lower_final: bool) -> int:
-    """The order of step i: a ramp at the start, 1 on the way to sigma = 0, and a ramp down to the end where asked for."""
+def multistep_order(grid: Grid, i: int, order: int, lower_final: bool, to_clean: bool = False) -> int:
+    """The order of step i: a ramp at the start, 1 on the way to sigma = 0 (but `to_clean`), and a ramp down to the end where
+    asked for."""
     remaining = grid.steps - i
-    if grid.nodes[i + 1].sigma == 0.0:
+    if grid.nodes[i + 1].sigma == 0.0 and not to_clean:
         return 1
     return max(1, min(order, usable(grid, i), remaining if lower_final else order))
 
@@ -90,6 +92,29 @@ def call_counts(order: int, calls: int | None, steps: int | None, first: bool, l
     first = first and calls > last
     whole, rest = divmod(calls - first - last, order)
     return (1,) * first + (order,) * whole + ((rest,) if rest else ()) + (1,) * last
+
+
+def start_counts(
+    first: Sequence[int], calls: int | None, steps: int | None, from_zero: bool, to_zero: bool
+) -> tuple[int, ...]:
+    """Calls of each step of a multistep method whose first steps take `first` calls and all others one.
+
+    From alpha = 0 the start comes after the first step; a step to sigma = 0 is never part of it. Given a number of calls, the
+    steps are as few as can hold them, and the latest steps of the start give up what is too much.
+    """
+    pattern = (1,) * from_zero + tuple(first)
+
+    def full(n: int) -> list[int]:
+        return [*pattern[: n - to_zero], *(1,) * (n - len(pattern[: n - to_zero]))]
+
+    if calls is None:
+        assert steps is not None
+        return tuple(full(steps))
+    n = next(n for n in range(1, calls + 1) if sum(full(n)) >= calls)
+    counts = full(n)
+    for i in reversed(range(n)):
+        counts[i] -= min(counts[i] - 1, sum(counts) - calls)
+    return tuple(counts)
 
 
 def check_counts(counts: Sequence[int], grid: Grid, order: int) -> None:

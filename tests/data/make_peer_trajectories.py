@@ -274,6 +274,20 @@ def diffusers_cases():
         yield "DPMSolverMultistepScheduler", {**dpm, "algorithm_type": "sde-dpmsolver++", "solver_order": order}, {}
     for order in (2, 3):
         yield "DEISMultistepScheduler", {"solver_order": order}, {}
+    yield "DPMSolverMultistepScheduler", {**dpm, "solver_type": "heun", "solver_order": 2}, {}
+    noise = {**dpm, "algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}
+    yield "DPMSolverMultistepScheduler", {**noise, "solver_order": 2}, {}
+    for order in (2, 3):  # to sigma = 0 it returns NaN
+        options = {"solver_type": "bh1", "predict_x0": True, "solver_order": order, "final_sigmas_type": "sigma_min"}
+        yield "UniPCMultistepScheduler", options, {}
+    bh2 = {"solver_type": "bh2", "predict_x0": True, "final_sigmas_type": "zero"}
+    yield "UniPCMultistepScheduler", {**bh2, "solver_order": 4}, {}
+    yield "UniPCMultistepScheduler", {**bh2, "solver_order": 3, "disable_corrector": list(range(20))}, {}
+    for predictor, corrector in ((1, 1), (2, 2), (3, 4)):
+        yield "SASolverScheduler", {"predictor_order": predictor, "corrector_order": corrector}, {}
+    # its boundary condition belongs to the network: at this scaling c_skip = 0 and c_out = 1
+    yield "LCMScheduler", {"timestep_scaling": 1e9}, {}
+    yield "TCDScheduler", {}, {"eta": 0.3}
     for skip in (True, False):
         yield "PNDMScheduler", {"skip_prk_steps": skip, "set_alpha_to_one": False}, {}
 
