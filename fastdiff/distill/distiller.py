@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import pickle
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from ..denoiser import Denoiser
 from ..errors import FastdiffError
 from ..files import write_bytes
 from ..training.data import Images, batch_indices
+from ..training.resume import check_same, read_state
 from .method import Batch, Method, Stage
 
 REPEATED = 10  # steps with a non-finite gradient that stop a run
@@ -180,16 +180,8 @@ class Distiller:
         write_bytes(self.out / "state.pt", buffer.getvalue())
 
     def _resume(self) -> None:
-        try:
-            state = torch.load(self.out / "state.pt", weights_only=True)
-            then = state["identity"]
-        except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as e:
-            raise FastdiffError(f"{self.out / 'state.pt'} is damaged ({e}); delete it to start anew") from e
-        now = self._identity()
-        if changed := [f"{k} ({then.get(k)} -> {now.get(k)})" for k in {**then, **now} if then.get(k) != now.get(k)]:
-            raise FastdiffError(
-                f"{self.out} holds a run with other settings: {', '.join(changed)}; give the old ones or another --out"
-            )
+        state = read_state(self.out / "state.pt", "identity")
+        check_same(self.out, state["identity"], self._identity())
         self.stage, self.update, self.skipped = state["stage"], state["update"], state["skipped"]
         self.losses = state["losses"].tolist()
         self._network.load_state_dict(state["student"])

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import io
 import math
-import pickle
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -24,6 +23,7 @@ from ..models import UNet, UNetConfig
 from ..schedule import NoiseSchedule, from_config
 from . import losses
 from .data import Images, batch_indices
+from .resume import check_same, read_state
 
 
 @dataclass(frozen=True)
@@ -254,18 +254,11 @@ class Trainer:
         write_bytes(self.out / "state.pt", buffer.getvalue())
 
     def _resume(self) -> None:
-        try:
-            state = torch.load(self.out / "state.pt", weights_only=True)
-            then = state["config"] | {"data_sha256": state["data_sha256"]}
-        except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as e:
-            raise FastdiffError(f"{self.out / 'state.pt'} is damaged ({e}); delete it to start anew") from e
-        now = asdict(self.config) | {"data_sha256": self.data.digest}
+        state = read_state(self.out / "state.pt", "config", "data_sha256")
         # the number of steps may change: the learning rate then falls to 0 at the new end
-        changed = [f"{k} ({then.get(k)} -> {now[k]})" for k in now if now[k] != then.get(k) and k != "steps"]
-        if changed:
-            raise FastdiffError(
-                f"{self.out} holds a run with other settings: {', '.join(changed)}; give the old ones or another --out"
-            )
+        then, now = ({**c, "data_sha256": d} for c, d in (
+            (state["config"], state["data_sha256"]), (asdict(self.config), self.data.digest)))  # fmt: skip
+        check_same(self.out, then, now, free=("steps",))
         self.step, self.skipped = state["step"], state["skipped"]
         self.losses = state["losses"].tolist()
         self.network.load_state_dict(state["network"])
