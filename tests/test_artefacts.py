@@ -51,7 +51,7 @@ def test_benchmark_records_belong_to_the_shipped_checkpoint(path, den):
     smallest = min(row["rmse"] for row in record["cells"] if "rmse" in row)
     # 2,048 converged endpoints cost an hour: those of the tuned record are 80 steps, and what they are off makes the smaller
     # errors, the tuned plans' own, look larger
-    assert record["converged"]["movement"] <= (0.15 if path.parent.name == "tuned" else 0.1) * smallest
+    assert record["converged"]["movement"] <= (0.2 if path.parent.name == "tuned" else 0.1) * smallest
     assert {row["n"] for row in (record["anchor"], record["converged"], *record["cells"])} == {record["setup"]["n"]}
 
 
