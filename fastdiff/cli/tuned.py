@@ -77,7 +77,7 @@ def tune(denoiser: Denoiser, nfe: int, train: Pairs, held: Pairs, out: Path) -> 
     files.write_text(out.with_suffix(".seconds.json"), json.dumps(choosing + tuner.seconds) + "\n")
 
 
-def tuned(denoiser: Denoiser, work: Path, out: Path) -> None:
+def tuned(denoiser: Denoiser, work: Path, out: Path, compile: bool) -> None:
     """The record of tuned plans against the search's finalists, on seeds 0 to 2047: errors, distances, pictures."""
     from .bench import measure
 
@@ -88,7 +88,7 @@ def tuned(denoiser: Denoiser, work: Path, out: Path) -> None:
             chosen.append(Cell(solver, grid, nfe))
         chosen.append(Cell("tuned", "plan", nfe, Plan.load(work / "tuned" / f"plan-{nfe}.json")))
     scorer = JudgeScorer()
-    bench = measure(denoiser, chosen, Setup(HELD_OUT), work / "full-2048", scorer, paired_n=HELD_OUT)
+    bench = measure(denoiser, chosen, Setup(HELD_OUT), work / "full-2048", scorer, HELD_OUT, compile)
     record = json.loads((work / "full-2048" / "results.json").read_text())
     record["tuning"] = {
         "settings": asdict(CONFIG), "pairs": PAIRS, "validation": HELD, "reference_steps": ANCHOR_STEPS, "versions": versions(),
