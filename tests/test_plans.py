@@ -32,10 +32,12 @@ SCHEDULES = {
     "shifted": fd.schedule.vp_cosine().shifted(2.0),
 }
 GRIDS = ("uniform_t", "quadratic", "uniform_lambda", "karras", "beta", "ays")
-INEXACT = {"euler-maruyama", "consistency"}  # they declare it, and are tested in solvers/test_small_n.py
+# they declare it, and are tested in solvers/test_small_n.py and test_langevin.py
+INEXACT = {"euler-maruyama", "consistency", "predictor-corrector", "annealed-langevin"}
 ON_EPS = ("lms", "ipndm", "plms", "pndm", "deis", "dpm-", "gradient", "rk4")
 VARIANTS = [(name, {}) for name in fd.list_solvers() if name not in INEXACT] + [
     ("ddim", {"eta": 0.4}), ("ddim", {"eta": 1.0}), ("euler-ancestral", {"eta": 0.5}), ("ddpm", {"variance": "large"}),
+    ("predictor-corrector", {"corrections": 0}),
     ("euler", {"s_churn": 20.0}), ("euler", {"s_churn": 20.0, "s_noise": 1.003}),
     ("heun", {"s_churn": 40.0, "s_tmin": 0.05, "s_tmax": 50.0}),
     ("dpmpp-2m", {"lower_final": False}), ("dpmpp-3m", {"lower_final": True}),
@@ -359,7 +361,7 @@ def test_nfe_counts_calls_and_draws_count_noises():
         (("heun", MODERATE["vp"], 5), {"counts": (1,)}, "no option counts"),
         (("ddim", MODERATE["vp"], 5), {"eta": 1.5}, r"eta must lie in \[0, 1\]"),
         (("ddim", MODERATE["vp"], 5), {"eta": math.nan}, r"eta must lie in \[0, 1\]"),
-        (("ddpm", MODERATE["vp"], 5), {"variance": "medium"}, '"small" or "large"'),
+        (("ddpm", MODERATE["vp"], 5), {"variance": "medium"}, '"small", "large" or "learned"'),
         (("euler", MODERATE["vp"], 5), {"s_churn": -1.0}, "s_churn >= 0"),
         (("euler", MODERATE["vp"], 5), {"s_tmin": 2.0, "s_tmax": 1.0}, "s_tmin <= s_tmax"),
         (("ddim", MODERATE["vp"]), {}, "either nfe= .* or steps="),
@@ -392,7 +394,8 @@ def test_every_info_agrees_with_its_plans():
     for name, info in fd.list_solvers().items():
         plan = fd.plan(name, MODERATE["vp"], steps=20, end="sigma_min")
         assert (plan.name, plan.order, plan.stochastic) == (name, info.order, info.stochastic)
-        first = {"plms": 1, "pndm": 9, "sa-solver-pece": -1, "restart": 4}.get(name, 0)  # starts, no second look, a repeat
+        # starts, no second look, a repeat, one prediction at the end
+        first = {"plms": 1, "pndm": 9, "sa-solver-pece": -1, "restart": 4, "annealed-langevin": -2}.get(name, 0)
         assert plan.nfe == 20 * info.nfe_per_step + first
         assert all(isinstance(key, str) for key in info.options)
 
