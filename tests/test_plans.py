@@ -34,7 +34,18 @@ SCHEDULES = {
 GRIDS = ("uniform_t", "quadratic", "uniform_lambda", "karras", "beta", "ays")
 # they declare it, and are tested in solvers/test_small_n.py and test_langevin.py
 INEXACT = {"euler-maruyama", "consistency", "predictor-corrector", "annealed-langevin"}
-ON_EPS = ("lms", "ipndm", "plms", "pndm", "deis", "dpm-", "gradient", "rk4")
+# What a plan's check forgives as rounding, relative to its start, on random grids of 1 to 11 steps. eps = (x - alpha D)/sigma is
+# a difference of terms that grow as 1/sigma, and weights on it grow with the order and, where they are those of equal steps, with
+# how unequal the steps are: about ten times what was seen, by name. All others stay below FORGIVEN
+FORGIVEN = 1e-10
+ON_EPS = {
+    1e-9: ("lms-1", "ipndm-1", "deis-tab-1", "deis-log-rho-1"),
+    1e-8: ("lms-2", "lms-3", "ipndm-2", "deis-tab-2", "deis-log-rho-2", "dpm-solver-2m"),
+    1e-7: ("lms-4", "ipndm-3", "deis-tab-3", "deis-log-rho-3", "dpm-solver-3m", "dpm-solver-3s", "dpm-fast", "rk4", "plms",
+           "gradient-estimation"),
+    1e-6: ("ipndm-4", "deis-tab-4", "dpm-2"),
+    5e-5: ("dpm-2-ancestral", "pndm"),
+}  # fmt: skip
 VARIANTS = [(name, {}) for name in fd.list_solvers() if name not in INEXACT] + [
     ("ddim", {"eta": 0.4}), ("ddim", {"eta": 1.0}), ("euler-ancestral", {"eta": 0.5}), ("ddpm", {"variance": "large"}),
     ("predictor-corrector", {"corrections": 0}),
@@ -82,9 +93,9 @@ def test_random_grids_pass_too(variant, schedule, end, gaps):
     plan = fd.plan(variant[0], s, steps=steps, grid=times, end=end, **variant[1])
     moments = plan.moments()
     assert len(moments) == len(plan.rows) + 1 and all(math.isfinite(v) for m in moments for v in m)
-    # the check has teeth: what it forgives as rounding stays small. On eps, terms grow as 1/alpha and with fixed weights
-    forgiven = (1e-7 if variant[0].startswith(ON_EPS) else 1e-10) * max(1.0, plan.start[1])
-    assert all(rounding < forgiven for _, _, rounding in moments)
+    # the check has teeth: what it forgives as rounding stays small
+    forgiven = next((bound for bound, names in ON_EPS.items() if variant[0] in names), FORGIVEN)
+    assert all(rounding < forgiven * max(1.0, plan.start[1]) for _, _, rounding in moments)
 
 
 MODERATE = {
@@ -274,7 +285,8 @@ def test_program_computes_what_the_rows_say(name, options, schedule, end):
         noises = rng.standard_normal((1 + plan.draws, 5))
         start = noises[0] * plan.start[1]
         expected = result(plan, BIMODAL.denoise, start, noises[1:])
-        bound = 1e-11 + plan.moments()[-1][2]  # on eps with fixed weights terms grow, and with them their rounding
+        # PNDM's Runge-Kutta start and equal-step weights multiply terms of 1e5 here: 1e-8 of rounding, its table says
+        bound = 1e-11 + plan.moments()[-1][2] * (name == "pndm")
         np.testing.assert_allclose(execute(plan, BIMODAL.denoise, start, noises[1:]), expected, rtol=0, atol=bound)
         level = {row.t: (row.alpha, row.sigma) for row in plan.rows}
         out = run(
