@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .brownian import shared_path
 from .errors import FastdiffError, NonFiniteError
 from .noise import NoiseSource, check_seeds, from_seeds
 from .plans import Plan
@@ -25,6 +26,7 @@ def sample(
     *,
     seeds: Sequence[int] | None = None,
     start: Tensor | None = None,
+    brownian: bool = False,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
     callback: Callback | None = None,
@@ -37,6 +39,7 @@ def sample(
         noise: unit start noise (B, *shape), scaled by the plan's starting sigma; or a NoiseSource for start and draws alike.
         seeds: one whole number a sample, for start and draws; the shape is the denoiser's. May go with `noise` or `start`.
         start: the model's own noisy state at the plan's start level, instead of noise.
+        brownian: the draws of an SDE solver are increments of one Brownian path a seed, the same at any number of steps.
         dtype: of the state, whatever the network's.
         callback: called with (row index, the point the next row evaluates) after every row.
 
@@ -48,6 +51,10 @@ def sample(
     if plan is None:
         raise FastdiffError("no plan given, and the checkpoint ships with none: make one with fd.plan(solver, denoiser, nfe=...)")
     state, source = begin(denoiser, plan, noise, seeds, start, dtype, device)
+    if brownian:
+        if seeds is None:
+            raise FastdiffError("a Brownian path belongs to a seed: give seeds= with brownian=True")
+        source = shared_path(seeds, plan)
     result = run(denoiser, plan, state, source, callback)
     # the one host sync, after the loop; the sum is 30 us cheaper than looking at each value, which a non-finite one then gets
     if not math.isfinite(result.sum()) and not bool(result.isfinite().all()):
