@@ -7,7 +7,8 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +19,11 @@ from ..guide import Guided
 from ..plans import Plan
 from . import manifest as manifests
 from .need import need
+from .tensorrt import FORMS, Settings, build_engines, gpu
 
 if TYPE_CHECKING:  # these need onnx, whose absence is one line of `export` and no ImportError
     from .network import Traced
+    from .parity import Subject
     from .sampler import Contrast
 
 LARGEST = 1_900_000_000  # bytes: a protobuf ends at 2 GB, so the weights of a larger model lie in a file beside it
@@ -29,23 +32,26 @@ TEMPLATE = Path(__file__).with_name("standalone.py")
 
 @dataclass(frozen=True)
 class Wish:
-    """What to make: precision "fp32" or "fp16", target "onnxruntime" or "tensorrt", unrolled or a Loop; the classes' names."""
+    """What to make: precision "fp32" or "fp16"; target "onnxruntime" or "tensorrt", by default the format's; unrolled or a Loop;
+    the classes' names; how TensorRT builds."""
 
     precision: str = "fp32"
-    target: str = "onnxruntime"
+    target: str = ""
     unroll: bool = False
     class_names: tuple[str, ...] = ()
+    build: Settings = field(default_factory=Settings)
 
 
-def write_onnx(folder: Path, denoiser: Denoiser, plan: Plan, wish: Wish) -> dict[str, Any]:
-    """The ONNX files, plan and runner in `folder`, compared with the eager sampler; the manifest's content."""
+def write_onnx(folder: Path, denoiser: Denoiser, plan: Plan, wish: Wish) -> tuple[dict[str, Any], Subject]:
+    """The ONNX files, plan and runner in `folder`, compared with the eager sampler: the manifest's content, what was compared."""
     from . import parity
     from .network import network_model, trace
     from .sampler import contrast_of, sampler_model
 
     contrast = contrast_of(denoiser) if isinstance(denoiser, Guided) else None
     plain = denoiser.positive if isinstance(denoiser, Guided) else denoiser
-    traced = trace(plain, wish.precision, wish.target)
+    target = wish.target or "onnxruntime"
+    traced = trace(plain, wish.precision, target)
     sampler, columns = sampler_model(traced, plan, contrast, wish.unroll)
     network = network_model(traced)
     for name, model in (("sampler", sampler), ("network", network)):
@@ -53,17 +59,32 @@ def write_onnx(folder: Path, denoiser: Denoiser, plan: Plan, wish: Wish) -> dict
     plan.save(folder / "plan.json")
     shutil.copyfile(TEMPLATE, folder / "run.py")
     inputs = (*traced.conditions, *(contrast.inputs(traced) if contrast else ()))
-    figures = parity.check(folder, denoiser, plan, inputs, wish.precision)
+    subject = parity.Subject.of(folder, denoiser, plan, inputs, wish.precision)
+    (sampler_run, network_run), provider = parity.sessions(folder)
+    figures = {"provider": provider, **parity.check(sampler_run, network_run, subject)}
     ranges = _ranges(traced, contrast)
     return {
-        "opset": traced.opset, "target": wish.target, "precision": wish.precision,
+        "opset": traced.opset, "target": target, "precision": wish.precision,
         "form": "unrolled" if wish.unroll else "loop", "table_columns": list(columns.names), "verified": True,
         "parity": figures,
         "sampler": manifests.signature(sampler, ranges), "network": manifests.signature(network, ranges),
-    }  # fmt: skip
+    }, subject  # fmt: skip
 
 
-FORMATS: dict[str, Callable[[Path, Denoiser, Plan, Wish], dict[str, Any]]] = {"onnx": write_onnx}
+def write_tensorrt(folder: Path, denoiser: Denoiser, plan: Plan, wish: Wish, form: str) -> tuple[dict[str, Any], Subject]:
+    """The ONNX files, proven, and TensorRT's engines of them, proven too where a GPU runs them."""
+    from . import native, parity
+
+    made, subject = write_onnx(folder, denoiser, plan, replace(wish, target=wish.target or "tensorrt"))
+    record = made["tensorrt"] = build_engines(folder, form, wish.build, wish.precision)
+    if record["built"] and gpu() is not None:
+        sampler, network = (native.open_engine(folder, made, part) for part in ("sampler", "network"))
+        record |= {"executed": True, "why": "", "parity": parity.check(sampler, network, subject)}
+    return made, subject
+
+
+Writer = Callable[[Path, Denoiser, Plan, Wish], tuple[dict[str, Any], "Subject"]]
+FORMATS: dict[str, Writer] = {"onnx": write_onnx, **{form: partial(write_tensorrt, form=form) for form in FORMS}}
 
 
 def export(denoiser: Denoiser, plan: Plan, out: str | Path, wish: Wish | None = None, form: str = "onnx") -> dict[str, Any]:
@@ -90,7 +111,7 @@ def export(denoiser: Denoiser, plan: Plan, out: str | Path, wish: Wish | None = 
         raise FastdiffError(f"--unroll copies the network for every call: at most {LONGEST_UNROLLED}, given {plan.nfe}")
     folder = _beside(out)
     try:
-        made = FORMATS[form](folder, denoiser, plan, wish)
+        made, _ = FORMATS[form](folder, denoiser, plan, wish)
         manifest = {**_origin(denoiser, plan, wish), **made, "files": manifests.files_of(folder)}
         (folder / manifests.NAME).write_text(json.dumps(manifest, indent=1) + "\n")
         os.chmod(folder, 0o755)  # mkdtemp made it private

@@ -91,17 +91,18 @@ def check(path: str) -> None:
 
 
 def _strip(graph: GraphProto) -> None:
-    graph.doc_string = ""
-    del graph.value_info[:]
-    del graph.metadata_props[:]
-    for item in (*graph.input, *graph.output, *graph.initializer):
-        item.doc_string = ""
-        del item.metadata_props[:]
-    for node in graph.node:
-        node.doc_string = ""
-        del node.metadata_props[:]
-        for inner in _subgraphs(node):
-            _strip(inner)
+    for g in graphs(graph):
+        g.doc_string = ""
+        del g.value_info[:]
+        del g.metadata_props[:]
+        for item in (*g.input, *g.output, *g.initializer, *g.node):
+            item.doc_string = ""
+            del item.metadata_props[:]
+
+
+def graphs(graph: GraphProto) -> list[GraphProto]:
+    """The graph and every graph inside its nodes."""
+    return [graph, *(found for node in graph.node for inner in _subgraphs(node) for found in graphs(inner))]
 
 
 def _subgraphs(node: NodeProto) -> list[GraphProto]:

@@ -28,6 +28,22 @@ FP16_FLOOR = 1e-4  # below it a ratio of two roundings says nothing
 
 
 @dataclass(frozen=True)
+class Subject:
+    """What an engine was made from: a denoiser, guided or not, and a plan; the conditions that it takes, guidance's too."""
+
+    denoiser: Denoiser
+    plan: Plan
+    inputs: tuple[Condition, ...]
+    precision: str
+    first: int  # of the seeds: this engine's own, made anew when anything in it changes
+
+    @classmethod
+    def of(cls, folder: Path, denoiser: Denoiser, plan: Plan, inputs: tuple[Condition, ...], precision: str) -> Subject:
+        digest = hashlib.sha256((folder / "sampler.onnx").read_bytes()).digest()
+        return cls(denoiser, plan, inputs, precision, int.from_bytes(digest[:4], "big"))
+
+
+@dataclass(frozen=True)
 class Case:
     """One comparison: conditions for both sides, seeds, and the scale."""
 
@@ -36,30 +52,32 @@ class Case:
     scale: float
 
 
-def check(
-    folder: Path, denoiser: Denoiser, plan: Plan, inputs: tuple[Condition, ...], precision: str
-) -> dict[str, Any]:
-    """Figures of sampler.onnx and network.onnx in `folder`; `inputs` are their conditions, those of guidance too.
+def check(sampler: Any, network: Any, subject: Subject) -> dict[str, Any]:
+    """Figures of the two parts of an engine, each with ONNX Runtime's `run(outputs, feed)`.
 
     Raises:
         FastdiffError: a difference beyond the tolerance of the precision.
     """
-    digest = hashlib.sha256((folder / "sampler.onnx").read_bytes()).digest()
-    first = int.from_bytes(digest[:4], "big")  # seeds of this engine's own: made anew when anything in it changes
-    sampler, provider = session(folder / "sampler.onnx", "cpu", torch.get_num_threads())
-    network, _ = session(folder / "network.onnx", "cpu", torch.get_num_threads())
-    figures: dict[str, Any] = {"provider": provider, "seeds_from": first, "sampler": [], "network": []}
+    first, denoiser = subject.first, subject.denoiser
+    figures: dict[str, Any] = {"seeds_from": first, "sampler": [], "network": []}
     for batch in BATCHES:
         seeds = list(range(first, first + batch))
-        drawn = {c.name: _condition(c, batch, first) for c in inputs}
+        drawn = {c.name: _condition(c, batch, first) for c in subject.inputs}
         scale = denoiser.scale if isinstance(denoiser, Guided) else 1.0
         case = Case(seeds, drawn, scale)
-        figures["sampler"].append({"batch": batch, **_sampler(sampler, denoiser, plan, case, precision)})
-        figures["network"].append({"batch": batch, **_network(network, denoiser, plan, case, precision)})
+        figures["sampler"].append({"batch": batch, **_sampler(sampler, subject, case)})
+        figures["network"].append({"batch": batch, **_network(network, subject, case)})
     for part in ("sampler", "network"):
         for found in figures[part]:
-            _judge(part, found, precision)
+            _judge(part, found, subject.precision)
     return figures
+
+
+def sessions(folder: Path) -> tuple[tuple[Any, Any], str]:
+    """sampler.onnx and network.onnx on ONNX Runtime's CPU provider, and its name."""
+    sampler, provider = session(folder / "sampler.onnx", "cpu", torch.get_num_threads())
+    network, _ = session(folder / "network.onnx", "cpu", torch.get_num_threads())
+    return (sampler, network), provider
 
 
 def _condition(c: Condition, batch: int, seed: int) -> Tensor:
@@ -95,7 +113,8 @@ def _halved(denoiser: Denoiser) -> Denoiser:
     return made
 
 
-def _sampler(run: Any, denoiser: Denoiser, plan: Plan, case: Case, precision: str) -> dict[str, float]:
+def _sampler(run: Any, subject: Subject, case: Case) -> dict[str, float]:
+    denoiser, plan, precision = subject.denoiser, subject.plan, subject.precision
     den = _bound(denoiser, case.conditions)
     assert denoiser.shape is not None
     shape = (len(case.seeds), *denoiser.shape)
@@ -110,8 +129,9 @@ def _sampler(run: Any, denoiser: Denoiser, plan: Plan, case: Case, precision: st
     return _figures(run.run(["x"], feed)[0], want, half)
 
 
-def _network(run: Any, denoiser: Denoiser, plan: Plan, case: Case, precision: str) -> dict[str, float]:
+def _network(run: Any, subject: Subject, case: Case) -> dict[str, float]:
     """One evaluation at the first, a middle and the last of the plan's times."""
+    denoiser, plan, precision = subject.denoiser, subject.plan, subject.precision
     den = _bound(denoiser, case.conditions)
     den = den.positive if isinstance(den, Guided) else den
     rows = [row for row in plan.rows if row.calls]

@@ -24,7 +24,8 @@ class Engine:
     Args:
         folder: what `fastdiff export` wrote; every file's hash is checked.
         part: "sampler" or "network".
-        provider: "tensorrt", "cuda" or "cpu"; "auto" takes the first of these that is here. What runs is in `provider`.
+        provider: "engine" for the folder's own TensorRT engine, or ONNX Runtime's "tensorrt", "cuda" or "cpu"; "auto" takes the
+            first of these three that is here, and the engine before them where it runs. What runs is in `provider`.
         threads: of the CPU provider; default ONNX Runtime's own choice.
 
     Raises:
@@ -34,8 +35,21 @@ class Engine:
 
     def __init__(self, folder: str | Path, part: str = "sampler", provider: str = "auto", threads: int | None = None) -> None:
         self.manifest = manifests.read(folder)
-        self.session, self.provider = session(Path(folder) / f"{part}.onnx", provider, threads)
+        self.notes: list[str] = []  # what a user should know of how it runs
+        self.session, self.provider = self._open(Path(folder), part, provider, threads)
         self.inputs = [i.name for i in self.session.get_inputs()]
+
+    def _open(self, folder: Path, part: str, provider: str, threads: int | None) -> tuple[Any, str]:
+        if provider == "engine" or (provider == "auto" and self.manifest.get("tensorrt", {}).get("built")):
+            from .native import open_engine
+
+            try:
+                return open_engine(folder, self.manifest, part), "engine"
+            except FastdiffError as e:
+                if provider == "engine":
+                    raise
+                self.notes.append(f"not the engine: {e}")
+        return session(folder / f"{part}.onnx", provider, threads)
 
     def sample(self, seeds: Sequence[int], labels: Sequence[int] | None = None, guidance: float | None = None) -> np.ndarray:
         """Samples (B, *shape) float32 in the model's data range; one seed, and one label, a sample. Noise is made here.

@@ -25,7 +25,7 @@ def run(
         str | None, typer.Option(help="numbers, names or all: every seed in each; default: seed mod number of classes")
     ] = None,
     guidance: Annotated[float | None, typer.Option(min=0, help="guidance scale; default the engine's own")] = None,
-    provider: Annotated[str, typer.Option(help="auto (tensorrt, cuda, cpu: the first that is here), or one of them")] = "auto",
+    provider: Annotated[str, typer.Option(help="auto, engine (its own TensorRT engine), tensorrt, cuda or cpu")] = "auto",
     out: Annotated[Path, typer.Option(help="folder for the pictures and grid.png")] = Path("out/run"),
     batch: Annotated[int, typer.Option(min=1, help="samples at once")] = 64,
     scale: Annotated[int, typer.Option(min=1, max=64, help="enlarge every pixel to scale x scale")] = 1,
@@ -39,6 +39,8 @@ def run(
     numbers = parse_seeds(seeds)
     loaded = Engine(engine, "sampler", provider, threads)
     names = tuple(loaded.manifest["source"]["classes"])
+    for note in loaded.notes:
+        say(note)
     wanted = requests(numbers, parse_classes(classes, names), names)
     began = time.perf_counter()
     images = _run(loaded, wanted, batch, guidance)

@@ -9,29 +9,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import tiny
 import torch
+from making import make
 from PIL import Image
 
 import fastdiff as fd
 from fastdiff.errors import CheckpointError, FastdiffError
 
 CPU_ONLY = {**os.environ, "PYTHONPATH": ""}
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, tiny_denoiser):
-    return tiny.checkpoint(tmp_path_factory.mktemp("checkpoint") / "a.safetensors", tiny_denoiser.network)
-
-
-def make(checkpoint, out, solver="unipc-2", nfe=5, guidance=1.0, names=("round", "square", "T-bar"), **wish):
-    from fastdiff.export.folder import Wish, export
-
-    den = fd.load(checkpoint)
-    if guidance != 1.0:
-        den = fd.guide.cfg(den.bind(class_labels=torch.zeros(1, dtype=torch.long)), guidance)
-    export(den, fd.plan(solver, den, nfe), out, Wish(class_names=names, **wish))
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -149,14 +134,6 @@ def test_a_folder_without_an_engine(tmp_path):
 
     with pytest.raises(CheckpointError, match="holds no engine"):
         Engine(tmp_path)
-
-
-@pytest.fixture
-def traced_once(monkeypatch, tiny_traced):
-    """Exports of the tiny checkpoint take its network as it was traced before, for tests of what comes after."""
-    from fastdiff.export import network
-
-    monkeypatch.setattr(network, "trace", lambda denoiser, *_: replace(tiny_traced, denoiser=denoiser))
 
 
 def test_what_differs_is_not_exported(checkpoint, tmp_path, monkeypatch, traced_once):
