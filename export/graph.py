@@ -12,6 +12,7 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto,
 IR = 10  # read by ONNX Runtime 1.18 and later, TensorRT 10 and later
 FLOAT, DOUBLE, INT64, BOOL = TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.INT64, TensorProto.BOOL
 Shape = Sequence[Any]  # numbers, and names for what may have any size
+Weight = float | str  # a number, or the name of a tensor (1,) that holds it
 
 
 class Graph:
@@ -73,6 +74,27 @@ class Graph:
 def value(name: str, dtype: int, shape: Shape) -> Any:
     """An input or output of a graph."""
     return helper.make_tensor_value_info(name, dtype, list(shape))
+
+
+def weight_tensor(g: Graph, w: Weight) -> str:
+    return w if isinstance(w, str) else g.constant([w], np.float32)
+
+
+def scaled(g: Graph, w: Weight, x: str) -> str:
+    return x if w == 1.0 else str(g.add("Mul", x, weight_tensor(g, w)))
+
+
+def total(g: Graph, terms: Sequence[tuple[Weight, str]]) -> str:
+    """The weighted sum, in order; "" where there is no term."""
+    found = ""
+    for w, x in terms:
+        part = scaled(g, w, x)
+        found = g.add("Add", found, part) if found else part
+    return found
+
+
+def zeros(g: Graph, like: str) -> str:
+    return str(g.add("Sub", like, like))
 
 
 def clean(model: ModelProto) -> ModelProto:

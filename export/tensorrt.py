@@ -11,7 +11,7 @@ import hashlib
 import importlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from .cache import cache_folder
 FORMS = ("tensorrt", "tensorrt-rtx")
 HARDWARE = ("own", "capability", "ampere")
 Range = tuple[int, int, int]  # smallest, most usual and largest size
+RANGES: Mapping[str, Range] = {"batch": (1, 4, 16), "rows": (1, 8, 64), "draws": (1, 8, 64)}
 
 
 class NotHere(FastdiffError):
@@ -70,7 +71,7 @@ class Settings:
         capabilities: for TensorRT for RTX, the GPUs to build for ("SM86", ...); default all from Ampere on.
     """
 
-    ranges: Mapping[str, Range] = field(default_factory=lambda: {"batch": (1, 4, 16)})
+    ranges: Mapping[str, Range] = field(default_factory=lambda: dict(RANGES))
     hardware: str = "own"
     version_compatible: bool = False
     refit: bool = False
@@ -98,6 +99,12 @@ class Settings:
         if unknown := set(self.capabilities) - set(flavour.capabilities):
             known = ", ".join(flavour.capabilities) or "none: it builds for its own GPU"
             raise FastdiffError(f"{flavour.name} has capabilities {known}; given {', '.join(sorted(unknown))}")
+
+
+def sized(settings: Settings, shape: tuple[int, ...], multiple: int) -> Settings:
+    """The settings for heights and widths from one multiple to four times the shape's own."""
+    sizes = {name: (multiple, v, 4 * v) for name, v in zip(("height", "width"), shape[-2:], strict=True)}
+    return replace(settings, ranges={**settings.ranges, **sizes})
 
 
 def flavour_of(form: str) -> tuple[Flavour, Any]:

@@ -20,6 +20,7 @@ from .errors import FastdiffError, NonFiniteError
 from .grid import LAM_START, Node
 from .plans import IDENTITY, Plan, Row
 from .sampling import begin
+from .schedule import NoiseSchedule
 
 ORDER = 3
 
@@ -70,8 +71,10 @@ def sample_adaptive(
     atol: float = 1e-2,
     max_nfe: int = 300,
     dtype: torch.dtype = torch.float32,
+    together: bool = False,
 ) -> Adaptive:
-    """The probability-flow ODE from the noisiest level to clean data, with per-sample error control.
+    """The probability-flow ODE from the noisiest level to clean data, with per-sample error control; or, with `together`, one
+    step size for the whole batch, decided by its worst sample, as exported engines do it.
 
     A sample whose root-mean-square error estimate, relative to atol + rtol |x|, is at most 1 takes the step. The last
     evaluation is at the least noisy level, whose prediction is the sample.
@@ -87,7 +90,7 @@ def sample_adaptive(
     row = Row(first.t, first.alpha, first.sigma, IDENTITY, IDENTITY, store=())
     idle = Plan("adaptive", (row,), (first.alpha, first.sigma), (first.alpha, first.sigma))
     state, _ = begin(denoiser, idle, noise, seeds, start, dtype, None)
-    run = _Run(denoiser, state, control, first)
+    run = _Run(denoiser, state, control, first, together)
     while run.active.numel():
         run.step()
     if bool(run.unfinished.any()):
@@ -99,8 +102,8 @@ def sample_adaptive(
 class _Run:
     """The samples still on their way: their states, log-SNRs and step sizes, and their places in the batch."""
 
-    def __init__(self, denoiser: Denoiser, state: Tensor, control: Control, first: Node) -> None:
-        self.full, self.control = denoiser, control
+    def __init__(self, denoiser: Denoiser, state: Tensor, control: Control, first: Node, together: bool = False) -> None:
+        self.full, self.control, self.together = denoiser, control, together
         self.out = torch.zeros_like(state)
         count = state.shape[0]
         self.nfe = torch.zeros(count, dtype=torch.int64, device=state.device)
@@ -135,6 +138,8 @@ class _Run:
         third, second = self._embedded(h)
         scale = c.atol + c.rtol * torch.maximum(self.x.abs(), third.abs())
         error = ((third - second) / scale).double().flatten(1).square().mean(dim=1).sqrt().clamp(min=1e-10)
+        if self.together:
+            error = error.max().expand_as(error)
         accepted = error <= 1.0
         keep = accepted.view(-1, *(1,) * (self.x.ndim - 1))
         self.x, self.lam = torch.where(keep, third, self.x), torch.where(accepted, end, self.lam)
@@ -156,19 +161,13 @@ class _Run:
         self, x: Tensor, lam: Tensor, h: Tensor, d: Tensor, change: Tensor | None = None, over: Tensor | None = None
     ) -> Tensor:
         """x at lam + h for D = d, or for D linear in log-SNR with `change` over a distance `over`; weights in float64."""
-        schedule = self.full.schedule
-        t0, t1 = schedule.t_of_lam(lam), schedule.t_of_lam(lam + h)
-        alpha, ones = schedule.alpha(t1), (1,) * (x.ndim - 1)
-
         def of(w: Tensor) -> Tensor:
-            return w.to(x.dtype).view(-1, *ones)
+            return w.to(x.dtype).view(-1, *(1,) * (x.ndim - 1))
 
-        y = x * of(schedule.sigma(t1) / schedule.sigma(t0)) + d * of(-alpha * torch.expm1(-h))
-        if change is None or over is None:
-            return y
-        # integral of s e^(s-h) over [0, h] = h - 1 + e^-h, by its series where that cancels
-        curve = torch.where(h > 1e-2, torch.expm1(-h) + h, h**2 / 2 - h**3 / 6 + h**4 / 24 - h**5 / 120)
-        return y + change * of(alpha * curve / over)
+        schedule = self.full.schedule
+        on_x, on_d, on_slope = step_weights(schedule, schedule.t_of_lam(lam), schedule.t_of_lam(lam + h), h)
+        y = x * of(on_x) + d * of(on_d)
+        return y if change is None or over is None else y + change * of(on_slope / over)
 
     def _leave(self) -> None:
         c = self.control
@@ -185,6 +184,15 @@ class _Run:
         self.active = everyone[stay]
         self.x, self.lam, self.h = self.x[stay], lam[stay], self.h[stay]
         self.previous_error = self.previous_error[stay]
+
+
+def step_weights(schedule: NoiseSchedule, t0: Tensor, t1: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The exact step from t0 to t1, h further in log-SNR, for a prediction linear in it: weights on x, on D and on D's slope;
+    float64 (B,)."""
+    alpha = schedule.alpha(t1)
+    # integral of s e^(s-h) over [0, h] = h - 1 + e^-h, by its series where that cancels
+    curve = torch.where(h > 1e-2, torch.expm1(-h) + h, h**2 / 2 - h**3 / 6 + h**4 / 24 - h**5 / 120)
+    return schedule.sigma(t1) / schedule.sigma(t0), -alpha * torch.expm1(-h), alpha * curve
 
 
 def subset(denoiser: Denoiser, index: Tensor, batch: int) -> Denoiser:
