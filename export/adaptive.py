@@ -130,12 +130,12 @@ def adaptive_model(traced: Traced, control: Control, contrast: Contrast | None =
     final = [g.name("final") for _ in states]
     most, true = g.constant(control.max_nfe, np.int64), g.constant(True, np.bool_)
     g.nodes.append(helper.make_node("Loop", [most, true, *states], final, name="path", body=body))
-    outputs(g, final[0], traced.denoiser)
+    shown = outputs(g, final[0], traced)
     g.add("Identity", final[-2], into=["nfe"])
     g.add("Identity", final[-1], into=["finished"])
     full = (BATCH, *traced.sizes)
     inputs = [value("noise", FLOAT, full), *evaluation.inputs(), value("rtol", FLOAT, ()), value("atol", FLOAT, ())]
-    made = [value("x", FLOAT, full), value("images", FLOAT, full), value("nfe", INT64, ()), value("finished", BOOL, ())]
+    made = [value("x", FLOAT, full), shown, value("nfe", INT64, ()), value("finished", BOOL, ())]
     return g.model("adaptive", inputs, made, traced.opset)
 
 

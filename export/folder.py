@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from .. import files
 from ..adaptive import Control
 from ..denoiser import Denoiser
@@ -45,6 +47,7 @@ class Wish:
         plan_input: the plan is an input (`planinput`).
         multiple: height and width are any multiples of it; 0: the denoiser's own.
         opset: instead of the target's own.
+        decoder: from latents to images in the data range, (batch, *shape) -> (batch, channels, height, width) float32.
         unverified: allow what nothing on this machine can run.
     """
 
@@ -57,13 +60,14 @@ class Wish:
     multiple: int = 0
     opset: int = 0
     unverified: bool = False
+    decoder: nn.Module | None = None
 
 
 def write_onnx(folder: Path, denoiser: Denoiser, plan: Method, wish: Wish) -> tuple[dict[str, Any], Subject]:
     """The ONNX files, plan and runner in `folder`, compared with the eager sampler: the manifest's content, what was compared."""
     from . import parity
     from .evaluate import contrast_of
-    from .network import Form, network_model, trace
+    from .network import Form, network_model, trace, with_decoder
 
     form = Form(wish.precision, wish.target or "onnxruntime", wish.opset, wish.multiple)
     contrast = contrast_of(denoiser) if isinstance(denoiser, Guided) else None
@@ -75,6 +79,8 @@ def write_onnx(folder: Path, denoiser: Denoiser, plan: Method, wish: Wish) -> tu
 
         assert isinstance(plan, Plan)
         traced = quantised(traced, parity.with_conditions(denoiser, inputs, len(SEEDS)), plan)
+    if wish.decoder is not None:
+        traced = with_decoder(traced, wish.decoder)
     sampler, said, fixed = _sampler(folder, traced, plan, contrast, wish)
     network = network_model(traced)
     for name, model in (("sampler", sampler), ("network", network)):

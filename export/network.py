@@ -11,7 +11,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from .need import need
 
 OPSETS = {"onnxruntime": 20, "tensorrt": 21}  # 20: GroupNorm in the form ORT fuses; 21: as one GroupNormalization node
 LIMITS = (18, 23)  # what torch.onnx writes and all hosts read; from 23 on attention is one node
+BF16 = 22
 BATCH = "batch"
 SIZES = ("height", "width")
 WEIGHTS = "network."  # prefix of the network's weights in every graph
@@ -60,6 +61,7 @@ class Traced:
     opset: int
     precision: str
     multiple: int = 0  # with a height and width of any size that this divides; 0: of the denoiser's own
+    decoder: Any = None  # an ONNX model from samples to images in the data range, where samples are latents
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -145,7 +147,9 @@ class Form:
             raise FastdiffError(f"--opset is {low} to {high}; given {self.opset}")
         if self.precision == "int8" and self.target != "onnxruntime":
             raise FastdiffError("int8 is calibrated with ONNX Runtime's tools, for --target onnxruntime")
-        return self.opset or OPSETS[self.target]
+        if self.precision == "bf16" and 0 < self.opset < BF16:
+            raise FastdiffError(f"ONNX has bf16 convolutions from opset {BF16} on; given --opset {self.opset}")
+        return self.opset or (BF16 if self.precision == "bf16" else OPSETS[self.target])
 
 
 def trace(denoiser: Denoiser, form: Form | None = None) -> Traced:
@@ -177,6 +181,22 @@ def trace(denoiser: Denoiser, form: Form | None = None) -> Traced:
     finally:
         module.train(training)
     return Traced(model, denoiser, conditions, opset, form.precision, form.multiple)
+
+
+def with_decoder(traced: Traced, decoder: nn.Module) -> Traced:
+    """The traced network with a decoder behind its sampler, (batch, *shape) -> images in the denoiser's data range, float32.
+
+    Raises:
+        FastdiffError: sizes that vary, or a decoder that torch.export cannot take.
+    """
+    if traced.multiple:
+        raise FastdiffError("an engine with a decoder has a fixed height and width: leave out multiple")
+    training = decoder.training
+    try:
+        model = export_module(decoder.eval(), (torch.zeros(2, *traced.shape),), traced.opset)
+    finally:
+        decoder.train(training)
+    return replace(traced, decoder=model)
 
 
 def network_model(traced: Traced) -> Any:

@@ -47,6 +47,7 @@ class Subject:
     multiple: int
     fixed: dict[str, np.ndarray]  # inputs that are the same for every batch
     first: int  # of the seeds: this engine's own, made anew when anything in it changes
+    decoder: torch.nn.Module | None = None
 
     @classmethod
     def of(
@@ -54,7 +55,8 @@ class Subject:
         fixed: dict[str, np.ndarray],
     ) -> Subject:  # fmt: skip
         digest = hashlib.sha256((folder / "sampler.onnx").read_bytes()).digest()
-        return cls(denoiser, plan, inputs, wish.precision, wish.multiple, fixed, int.from_bytes(digest[:4], "big"))
+        first = int.from_bytes(digest[:4], "big")
+        return cls(denoiser, plan, inputs, wish.precision, wish.multiple, fixed, first, wish.decoder)
 
     def shape(self, batch: int) -> tuple[int, ...]:
         """A sample's shape: the denoiser's own; with sizes that vary, another one for the larger batches."""
@@ -90,18 +92,24 @@ def check(sampler: Any, network: Any, subject: Subject) -> dict[str, Any]:
     Raises:
         FastdiffError: a difference beyond the tolerance of the precision.
     """
-    first = subject.first
-    figures: dict[str, Any] = {"seeds_from": first, "sampler": [], "network": []}
+    figures: dict[str, Any] = {"seeds_from": subject.first, "sampler": [], "network": []}
     for batch in BATCHES:
-        seeds = list(range(first, first + batch))
-        drawn = {c.name: _condition(c, batch, first) for c in subject.inputs}
-        case = Case(seeds, drawn, subject.shape(batch))
-        figures["sampler"].append({"batch": batch, **_sampler(sampler, subject, case)})
-        figures["network"].append({"batch": batch, **_network(network, subject, case)})
+        figures["sampler"].append(sampler_figures(sampler, subject, batch))
+        figures["network"].append({"batch": batch, **_network(network, subject, _case(subject, batch))})
     for part in ("sampler", "network"):
         for found in figures[part]:
-            _judge(part, found, subject.precision)
+            judge(part, found, subject.precision)
     return figures
+
+
+def sampler_figures(run: Any, subject: Subject, batch: int) -> dict[str, float]:
+    """How far a sampler lies from the eager one for a batch of this size, and its images from its samples'."""
+    return {"batch": batch, **_sampler(run, subject, _case(subject, batch))}
+
+
+def _case(subject: Subject, batch: int) -> Case:
+    drawn = {c.name: _condition(c, batch, subject.first) for c in subject.inputs}
+    return Case(list(range(subject.first, subject.first + batch)), drawn, subject.shape(batch))
 
 
 def sessions(folder: Path, precision: str = "fp32") -> tuple[tuple[Any, Any], str]:
@@ -186,7 +194,14 @@ def _sampler(run: Any, subject: Subject, case: Case) -> dict[str, float]:
         feed["guidance_scale"] = np.array(den.scale, np.float32)
     want, dtype = _eager(den, plan, case.seeds), PRECISIONS[subject.precision]
     half = _eager(_halved(den, dtype), plan, case.seeds) if dtype else None
-    return _figures(run.run(["x"], feed)[0], want, half)
+    x, images = run.run(["x", "images"], feed)
+    shown = den.images(_decoded(subject.decoder, torch.from_numpy(x))).numpy()
+    return {**_figures(x, want, half), "images": float(np.abs(images - shown).max())}
+
+
+@torch.no_grad()
+def _decoded(decoder: torch.nn.Module | None, x: Tensor) -> Tensor:
+    return x if decoder is None else decoder(x)
 
 
 def _network(run: Any, subject: Subject, case: Case) -> dict[str, float]:
@@ -213,10 +228,15 @@ def _figures(got: np.ndarray, want: np.ndarray, half: np.ndarray | None) -> dict
     return figures
 
 
-def _judge(part: str, found: dict[str, float], precision: str) -> None:
+def judge(part: str, found: dict[str, float], precision: str) -> None:
+    """Raises:
+        FastdiffError: figures beyond the tolerance of the precision.
+    """
     where = f"{part}.onnx at batch {found['batch']:g}"
     if precision == "fp32" and not found["max"] <= FP32:
         raise FastdiffError(f"{where} differs from the eager sampler by {found['max']:.2g}, more than {FP32:g}: not exported")
+    if not found.get("images", 0.0) <= FP32:
+        raise FastdiffError(f"{where} makes images that differ by {found['images']:.2g} from its samples': not exported")
     if precision == "int8" and not found["rms"] <= INT8:
         raise FastdiffError(f"{where} has an int8 error of {found['rms']:.2g}, more than {INT8:g}: not exported")
     if "torch_rms" in found and not found["rms"] <= max(HALF_FLOOR, HALF_RATIO * found["torch_rms"]):

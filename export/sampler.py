@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 from onnx import helper
 
-from ..denoiser import Denoiser
 from ..errors import FastdiffError
 from ..plans import Plan
 from .columns import Columns, columns_of
@@ -29,6 +28,7 @@ from .planinput import DRAWS, TABLE, Layout
 from .table import Table, compile_table
 
 LONGEST_UNROLLED = 8
+DECODER = "decoder."  # prefix of its weights
 
 
 def sampler_model(
@@ -58,12 +58,12 @@ def sampler_model(
             states = row.emit(g, states, _numbers(columns.values[i], columns), [int(k) for k in table.draws[i]])
     else:
         states = _loop(g, row, _first_states(g, table, plan))
-    outputs(g, states[0], traced.denoiser)
+    shown = outputs(g, states[0], traced)
     full = (BATCH, *traced.sizes)
     draws: list[Any] = [layout.draws] if layout and layout.draws else [plan.draws] if plan.draws else []
     inputs = [value("noise", FLOAT, full), *(value("noises", FLOAT, (n, *full)) for n in draws), *row.evaluation.inputs()]
     inputs += layout.inputs() if layout else []
-    return g.model("sampler", inputs, [value("x", FLOAT, full), value("images", FLOAT, full)], traced.opset), columns
+    return g.model("sampler", inputs, [value("x", FLOAT, full), shown], traced.opset), columns
 
 
 @dataclass(frozen=True)
@@ -143,12 +143,18 @@ def _first_states(g: Graph, table: Table, plan: Plan) -> list[str]:
     return out
 
 
-def outputs(g: Graph, x: str, denoiser: Denoiser) -> None:
-    """x, and images in [0, 1]."""
-    low, high = denoiser.data_range
+def outputs(g: Graph, x: str, traced: Traced) -> Any:
+    """Writes `x`, and `images` in [0, 1], decoded where the samples are latents; what `images` is."""
+    low, high = traced.denoiser.data_range
     g.add("Identity", x, into=["x"])
+    shown: Any = (BATCH, *traced.sizes)
+    if traced.decoder is not None:
+        g.weights_of(traced.decoder, DECODER)
+        x = g.inline(traced.decoder, [x], DECODER)[0]
+        shown = (BATCH, *(d.dim_value for d in traced.decoder.graph.output[0].type.tensor_type.shape.dim[1:]))
     unit = g.add("Div", g.add("Sub", x, g.constant(low, np.float32)), g.constant(high - low, np.float32))
     g.add("Clip", unit, g.constant(0.0, np.float32), g.constant(1.0, np.float32), into=["images"])
+    return value("images", FLOAT, shown)
 
 
 def _numbers(row: np.ndarray, columns: Columns) -> Callable[[Weight], Weight]:
