@@ -120,8 +120,8 @@ def test_a_stochastic_plan_as_input(tmp_path):
 
 
 @pytest.mark.parametrize("schedule, prediction", [
-    ("vp_cosine", "v"), ("flow", "flow"),
-    *(pytest.param(*c, marks=pytest.mark.slow) for c in (("edm", "edm"), ("discrete", "eps"), ("vp_linear", "eps"))),
+    ("flow", "flow"),  # begins where the log-SNR is infinite
+    *(pytest.param(*c, marks=pytest.mark.slow) for c in (("vp_cosine", "v"), ("edm", "edm"), ("discrete", "eps"))),
 ])  # fmt: skip
 def test_adaptive_step_size(schedule, prediction, tmp_path):
     """The same evaluations and samples as the eager sampler with one step size for the batch, at any tolerance."""
@@ -190,6 +190,7 @@ def test_int8_is_calibrated_on_the_samplers_own_calls(tmp_path):
     assert 1e-4 < np.sqrt(np.mean(off**2)) < 0.05
 
 
+@pytest.mark.slow
 def test_opsets(tmp_path):
     plan = fd.plan("ddim", denoiser(), 2)
     run = engine(tmp_path, denoiser(), plan, opset=22)

@@ -8,6 +8,7 @@ import torch
 
 import fastdiff as fd
 from fastdiff.errors import FastdiffError
+from fastdiff.guide import Guided
 
 LABELS = torch.tensor([0, 1, 2, 0, 1])
 CLOSE = 5e-5  # a random network magnifies float32's rounding; what an export may differ by is 1e-4
@@ -139,6 +140,7 @@ def test_what_an_engine_cannot_hold_is_refused(tiny_traced, tiny_denoiser):
         sampler_model(tiny_traced, fd.plan("ddim", tiny_denoiser, 9), unroll=True)
     den = tiny_denoiser.bind(class_labels=LABELS)
     with pytest.raises(FastdiffError, match="no guidance inside guidance"):
-        contrast_of(fd.guide.cfg(fd.guide.cfg(den, 2.0), 2.0, negative={"class_labels": LABELS}))
+        inner = fd.guide.cfg(den, 2.0)
+        contrast_of(Guided(inner, inner.negative, 2.0, (0.0, float("inf")), 0.0))
     with pytest.raises(FastdiffError, match="same names and different values"):
         contrast_of(fd.guide.cfg(tiny_denoiser, 2.0, negative={"class_labels": LABELS}))

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from making import make
 
@@ -78,10 +79,11 @@ def test_every_name_is_in_tensorrt_for_rtx(rtx):
 
 
 @pytest.fixture(scope="module")
-def half(checkpoint, tmp_path_factory):
+def half(tmp_path_factory):
     """Everything at once: the U-Net, a Loop over a stochastic plan, guidance, fp16."""
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed (the extra `rtx`)")
     out = tmp_path_factory.mktemp("rtx") / "engine"
+    checkpoint = tiny.checkpoint(out.with_name("a.safetensors"))
     build = Settings({"batch": (1, 2, 4)}, capabilities=("SM86", "SM120"))
     return make(checkpoint, out, "euler-ancestral", 4, 2.0, form="tensorrt-rtx", precision="fp16", build=build)
 
@@ -115,6 +117,22 @@ def test_a_corrupted_engine_is_never_loaded(half, tmp_path):
     (copy / "sampler.engine").write_bytes(data)
     with pytest.raises(CheckpointError, match=r"sampler\.engine has sha256"):
         Engine(copy)
+
+
+def test_an_engine_of_another_gpu_or_version_is_one_line(half, tmp_path, monkeypatch):
+    from fastdiff.export import native
+    from fastdiff.export.runtime import Engine
+
+    monkeypatch.setattr(native, "gpu", lambda: H200)
+    with pytest.raises(FastdiffError, match=r"cannot run here: it was built for SM86, SM120, here is NVIDIA H200 \(SM90\)"):
+        Engine(half, provider="engine")
+    copy = shutil.copytree(half, tmp_path / "copy")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["tensorrt"]["version"] = "1.6.0.1"
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    monkeypatch.setattr(native, "gpu", lambda: A10)
+    with pytest.raises(FastdiffError, match=r"built with TensorRT for RTX 1\.6\.0\.1, here is .*: export it again"):
+        Engine(copy, provider="engine")
 
 
 @pytest.mark.slow
@@ -155,7 +173,8 @@ def test_without_tensorrt_the_folder_holds_the_onnx_and_the_settings(checkpoint,
     code, out, err = fastdiff("export", checkpoint, "--out", "e", *args)
     assert (code, err) == (0, "") and "tensorrt is not installed: pip install 'tensorrt>=11'" in out
     record = json.loads((fastdiff.folder / "e" / "manifest.json").read_text())["tensorrt"]
-    assert Settings.read(record["settings"]) == Settings({"batch": (1, 2, 8)}, "ampere", refit=True) and not record["built"]
+    ranges = {**tensorrt.RANGES, "batch": (1, 2, 8)}
+    assert Settings.read(record["settings"]) == Settings(ranges, "ampere", refit=True) and not record["built"]
     code, out, err = fastdiff("run", "e", "--seeds", "0-1", "--out", "o")
     assert (code, err) == (0, "") and "on cpu" in out
     code, _, err = fastdiff("run", "e", "--provider", "engine", "--out", "p")
