@@ -16,15 +16,18 @@ import torch
 from onnx import helper
 from torch import Tensor, nn
 
-from ..adaptive import ORDER, Control, step_weights
+from ..adaptive import Control
 from ..denoiser import Denoiser
 from ..grid import LAM_START
+from ..pairs import PAIRS, curve
 from ..schedule import NoiseSchedule
 from .evaluate import LEVELS, Contrast, Evaluation
 from .graph import BOOL, DOUBLE, FLOAT, INT64, Graph, total, value
 from .network import BATCH, WEIGHTS, Traced, export_module, head_values
 from .sampler import outputs
 
+PAIR = PAIRS["dpmpp-23"]
+ORDER = PAIR.order
 SCALARS = ("lam", "h", "error", "phase")  # of the controller: log-SNR, step, last accepted error, evaluation of the step
 
 
@@ -74,12 +77,13 @@ class _Weights(nn.Module):
         s = (phase + 1) * h / ORDER
         here, point, end = self.time(torch.cat([lam, lam + phase.clamp(min=0) * h / ORDER, lam + s])).split(1)
         t = torch.where(first, torch.full_like(lam, self.t_max), point)
-        on_x, on_d, on_slope = step_weights(schedule, here, end, s)
+        alpha = schedule.alpha(end)
+        on_x, on_d, on_slope = schedule.sigma(end) / schedule.sigma(here), -alpha * torch.expm1(-s), alpha * curve(-s)
         change = torch.where(phase > 0, on_slope / (phase.clamp(min=1) * h / ORDER), 0.0)
         # the first step leads from (alpha_0, sigma_0) to the level of lam = LAM_START, for D as it is
-        ratio = schedule.sigma(here) / self.level[1]
-        on_x = torch.where(first, ratio, on_x)
-        on_d = torch.where(first, schedule.alpha(here) - self.level[0] * ratio, on_d)
+        leap = schedule.sigma(here) / self.level[1]
+        on_x = torch.where(first, leap, on_x)
+        on_d = torch.where(first, schedule.alpha(here) - self.level[0] * leap, on_d)
         step = (on_x, on_d, change, on_slope / (h / ORDER))
         return (*head_values(self.denoiser, t), *(v.float() for v in (self._acts(t), *step)))
 

@@ -134,9 +134,7 @@ def _verified(folder: Path, subject: Subject, wish: Wish) -> dict[str, Any]:
 
     try:
         (sampler, network), provider = parity.sessions(folder, wish.precision)
-    except parity.NoRuntime as e:
-        if not wish.unverified:
-            raise FastdiffError(f"{e}; --unverified writes the engine all the same") from e
+    except parity.NoRuntime as e:  # which `export` let through where the user knows
         return {"verified": False, "why": str(e), "parity": {"sampler": [], "network": []}}
     return {"verified": True, "parity": {"provider": provider, **parity.check(sampler, network, subject)}}
 
@@ -161,8 +159,8 @@ def export(denoiser: Denoiser, plan: Method, out: str | Path, wish: Wish | None 
     """Writes an engine for this denoiser, guided or not, and this plan; the manifest.
 
     Args:
-        plan: a Plan; or a Control, for adaptive step size, the same for a whole batch.
         denoiser: with a shape; a guided one gives an engine whose scale is an input, its own scale being the default.
+        plan: a Plan; or a Control, for adaptive step size, the same for a whole batch.
         out: a folder that does not exist yet, or is empty.
 
     Raises:
@@ -194,16 +192,26 @@ def export(denoiser: Denoiser, plan: Method, out: str | Path, wish: Wish | None 
 def _check_wish(plan: Method, wish: Wish, form: str) -> None:
     """What cannot be, said before the minute that tracing takes."""
     from .network import Form
+    from .parity import NoRuntime, provider_for
     from .sampler import LONGEST_UNROLLED
 
     target = wish.target or ("onnxruntime" if form == "onnx" else "tensorrt")
     opset = Form(wish.precision, target, wish.opset, wish.multiple).check()
+    try:
+        provider_for(wish.precision)
+    except NoRuntime as e:
+        if not wish.unverified:
+            raise FastdiffError(f"{e}; --unverified writes the engine all the same") from e
     if target == "tensorrt" and opset >= 23 and not (wish.unroll and wish.precision in ("fp16", "bf16")):
         raise FastdiffError(f"TensorRT has attention as one node (opset {opset}) in fp16 and bf16 and outside of a Loop alone: "
                             "add --unroll and --precision fp16, or leave out --opset")  # fmt: skip
     if isinstance(plan, Control):
+        from .adaptive import PAIR
+
         if given := [name for name, on in (("--unroll", wish.unroll), ("--plan-input", wish.plan_input)) if on]:
             raise FastdiffError(f"an adaptive engine has no plan: leave out {', '.join(given)}")
+        if plan.pair != PAIR:
+            raise FastdiffError("an adaptive engine steps by dpmpp-23; leave out another solver")
         if wish.precision == "int8":
             raise FastdiffError("int8 is calibrated along a plan: leave out --adaptive")
         return

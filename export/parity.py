@@ -118,16 +118,25 @@ def sessions(folder: Path, precision: str = "fp32") -> tuple[tuple[Any, Any], st
     Raises:
         NoRuntime: there is none.
     """
-    import onnxruntime
-
-    provider = "cpu"
-    if precision == "bf16":
-        if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-            raise NoRuntime("ONNX Runtime runs bf16 on CUDA alone, which is not here")
-        provider = "cuda"
+    provider = provider_for(precision)
     sampler, _ = session(folder / "sampler.onnx", provider, torch.get_num_threads())
     network, _ = session(folder / "network.onnx", provider, torch.get_num_threads())
     return (sampler, network), provider
+
+
+def provider_for(precision: str) -> str:
+    """A provider that runs an engine of this precision.
+
+    Raises:
+        NoRuntime: none here does.
+    """
+    import onnxruntime
+
+    if precision != "bf16":
+        return "cpu"
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        raise NoRuntime("ONNX Runtime runs bf16 on CUDA alone, which is not here")
+    return "cuda"
 
 
 def with_conditions(denoiser: Denoiser, inputs: tuple[Condition, ...], batch: int) -> Denoiser:
