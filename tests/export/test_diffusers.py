@@ -9,6 +9,7 @@ import fastdiff as fd
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 TABLE = fd.schedule.vp_from_alphas_cumprod(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)))
+pytestmark = pytest.mark.slow  # a network of diffusers takes a quarter of a minute to trace
 SMALL = {"layers_per_block": 1, "block_out_channels": (16, 32), "norm_num_groups": 8}
 
 
@@ -54,7 +55,6 @@ def test_latents_with_a_prompt_and_a_decoder(tmp_path):
     np.testing.assert_allclose(run.run(["images"], feed)[0], want, atol=1e-4)
 
 
-@pytest.mark.slow
 def test_an_image_network(tmp_path):
     from fastdiff.export.folder import export
 

@@ -244,6 +244,20 @@ def test_commands(checkpoint, fastdiff, traced_once):
     assert sorted(pixels(fastdiff.folder / "o")) == ["seed000003_class1-square.png", "seed000004_class1-square.png"]
 
 
+def test_a_plan_on_the_command_line(checkpoint, fastdiff, traced_once):
+    """One engine, two plans: the pictures of `fastdiff sample` for both."""
+    den = fd.load(checkpoint)
+    fd.plan("dpmpp-2m", den, 3).save(fastdiff.folder / "p.json")
+    assert fastdiff("export", checkpoint, "--solver", "ddim", "--nfe", 4, "--plan-input", "--out", "e")[0] == 0
+    for plan, how in (([], ["--solver", "ddim", "--nfe", 4]), (["--plan", "p.json"], ["--plan", "p.json"])):
+        code, out, err = fastdiff("run", "e", *plan, "--seeds", "0-3", "--out", "a", "--threads", 1)
+        assert (code, err) == (0, "") and ("dpmpp-2m, 3 evaluations" if plan else "ddim, 4 evaluations") in out
+        assert fastdiff("sample", checkpoint, *how, "--seeds", "0-3", "--out", "b")[0] == 0
+        a, b = (pixels(fastdiff.folder / name) for name in "ab")
+        assert list(a) == list(b) and max(np.abs(a[n].astype(int) - b[n]).max() for n in a) <= 1
+        shutil.rmtree(fastdiff.folder / "a"), shutil.rmtree(fastdiff.folder / "b")
+
+
 @pytest.mark.parametrize("args, words", [
     (["--format", "abacus"], "--format is onnx, tensorrt, tensorrt-rtx; given 'abacus'"),
     (["--precision", "int4"], "fp32 or fp16 or bf16 or int8"), (["--opset", "30"], "--opset is 18 to 23; given 30"),
