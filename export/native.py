@@ -15,7 +15,7 @@ from .. import files
 from ..errors import FastdiffError
 from ..files import sha256
 from .cache import cache_folder
-from .tensorrt import NotHere, Settings, _log, build, engine_key, flavour_of, gpu, misfit
+from .tensorrt import NotHere, Settings, build, engine_key, flavour_of, gpu, log_of, misfit
 
 DTYPES = {  # TensorRT's names of what an export's inputs and outputs may be
     "FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16, "INT64": torch.int64, "INT32": torch.int32,
@@ -39,7 +39,7 @@ class Native:
         flavour, trt = flavour_of(form)
         if gpu() is None:
             raise NotHere(f"{flavour.name}: running an engine needs an NVIDIA GPU, and torch sees none")
-        self.trt, self.log = trt, _log(flavour.module)
+        self.trt, self.log = trt, log_of(flavour.module)
         runtime = trt.Runtime(self.log)
         engine = runtime.deserialize_cuda_engine(data)
         if engine is None:

@@ -170,7 +170,7 @@ def build(path: Path, settings: Settings, flavour: Flavour, trt: Any) -> bytes:
     if gpu() is None and (flavour.gpu_to_build or settings.refit):
         what = "building with --refit" if not flavour.gpu_to_build else "building"
         raise NotHere(f"{flavour.name}: {what} needs an NVIDIA GPU, and torch sees none")
-    log = _log(flavour.module)
+    log = log_of(flavour.module)
     log.said.clear()
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED) if flavour.typed_by_flag else 0)
@@ -246,7 +246,7 @@ def refittable(path: Path) -> list[str]:
 
 
 @functools.cache
-def _log(module: str) -> Any:
+def log_of(module: str) -> Any:
     """One logger a process, as TensorRT wants it; it keeps the errors, for the one line that a user reads."""
     trt = importlib.import_module(module)
 
