@@ -7,70 +7,160 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from .. import files
+from ..adaptive import Control
 from ..denoiser import Denoiser
 from ..errors import FastdiffError
 from ..guide import Guided
 from ..plans import Plan
 from . import manifest as manifests
 from .need import need
+from .tensorrt import FORMS, Settings, build_engines, gpu
 
 if TYPE_CHECKING:  # these need onnx, whose absence is one line of `export` and no ImportError
+    from .evaluate import Contrast
     from .network import Traced
-    from .sampler import Contrast
+    from .parity import Subject
 
+Method = Plan | Control  # a table, or adaptive step size with these tolerances as defaults
 LARGEST = 1_900_000_000  # bytes: a protobuf ends at 2 GB, so the weights of a larger model lie in a file beside it
 TEMPLATE = Path(__file__).with_name("standalone.py")
 
 
 @dataclass(frozen=True)
 class Wish:
-    """What to make: precision "fp32" or "fp16", target "onnxruntime" or "tensorrt", unrolled or a Loop; the classes' names."""
+    """What to make.
+
+    Args:
+        precision: "fp32", "fp16", "bf16" or "int8"; the sampler's state and norms stay in fp32.
+        target: "onnxruntime" or "tensorrt"; by default the format's.
+        unroll: a copy of the network for every call instead of a Loop.
+        class_names: of the classes, for file names.
+        build: how TensorRT builds.
+        plan_input: the plan is an input (`planinput`).
+        multiple: height and width are any multiples of it; 0: the denoiser's own.
+        opset: instead of the target's own.
+        decoder: from latents to images in the data range, (batch, *shape) -> (batch, channels, height, width) float32.
+        unverified: allow what nothing on this machine can run.
+    """
 
     precision: str = "fp32"
-    target: str = "onnxruntime"
+    target: str = ""
     unroll: bool = False
     class_names: tuple[str, ...] = ()
+    build: Settings = field(default_factory=Settings)
+    plan_input: bool = False
+    multiple: int = 0
+    opset: int = 0
+    unverified: bool = False
+    decoder: nn.Module | None = None
 
 
-def write_onnx(folder: Path, denoiser: Denoiser, plan: Plan, wish: Wish) -> dict[str, Any]:
-    """The ONNX files, plan and runner in `folder`, compared with the eager sampler; the manifest's content."""
+def write_onnx(folder: Path, denoiser: Denoiser, plan: Method, wish: Wish) -> tuple[dict[str, Any], Subject]:
+    """The ONNX files, plan and runner in `folder`, compared with the eager sampler: the manifest's content, what was compared."""
     from . import parity
-    from .network import network_model, trace
-    from .sampler import contrast_of, sampler_model
+    from .evaluate import contrast_of
+    from .network import Form, network_model, trace, with_decoder
 
+    form = Form(wish.precision, wish.target or "onnxruntime", wish.opset, wish.multiple)
     contrast = contrast_of(denoiser) if isinstance(denoiser, Guided) else None
     plain = denoiser.positive if isinstance(denoiser, Guided) else denoiser
-    traced = trace(plain, wish.precision, wish.target)
-    sampler, columns = sampler_model(traced, plan, contrast, wish.unroll)
+    traced = trace(plain, form)
+    inputs = (*traced.conditions, *(contrast.inputs(traced) if contrast else ()))
+    if wish.precision == "int8":
+        from .int8 import SEEDS, quantised
+
+        assert isinstance(plan, Plan)
+        traced = quantised(traced, parity.with_conditions(denoiser, inputs, len(SEEDS)), plan)
+    if wish.decoder is not None:
+        traced = with_decoder(traced, wish.decoder)
+    sampler, said, fixed = _sampler(folder, traced, plan, contrast, wish)
     network = network_model(traced)
     for name, model in (("sampler", sampler), ("network", network)):
-        _save(model, folder / f"{name}.onnx")
-    plan.save(folder / "plan.json")
+        save(model, folder / f"{name}.onnx")
+    if isinstance(plan, Plan):
+        plan.save(folder / "plan.json")
     shutil.copyfile(TEMPLATE, folder / "run.py")
-    inputs = (*traced.conditions, *(contrast.inputs(traced) if contrast else ()))
-    figures = parity.check(folder, denoiser, plan, inputs, wish.precision)
+    subject = parity.Subject.of(folder, denoiser, plan, inputs, wish, fixed)
     ranges = _ranges(traced, contrast)
     return {
-        "opset": traced.opset, "target": wish.target, "precision": wish.precision,
-        "form": "unrolled" if wish.unroll else "loop", "table_columns": list(columns.names), "verified": True,
-        "parity": figures,
+        "opset": traced.opset, "target": form.target, "precision": wish.precision, "multiple": wish.multiple, **said,
+        **_verified(folder, subject, wish),
         "sampler": manifests.signature(sampler, ranges), "network": manifests.signature(network, ranges),
-    }  # fmt: skip
+    }, subject  # fmt: skip
 
 
-FORMATS: dict[str, Callable[[Path, Denoiser, Plan, Wish], dict[str, Any]]] = {"onnx": write_onnx}
+def _sampler(
+    folder: Path, traced: Traced, plan: Method, contrast: Contrast | None, wish: Wish
+) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """The sampler's graph, what the manifest says of it, and the inputs that say which plan, which lie in files beside it."""
+    import numpy as np
+
+    if isinstance(plan, Control):
+        from .adaptive import adaptive_model
+
+        tolerances = {name: np.array(getattr(plan, name), np.float32) for name in ("rtol", "atol")}
+        return adaptive_model(traced, plan, contrast), {"form": "adaptive", "control": asdict(plan)}, tolerances
+    from .columns import acts_at, levels_at
+    from .network import levels_model
+    from .planinput import Layout
+    from .sampler import sampler_model
+    from .table import compile_table
+
+    layout = Layout.of(plan, contrast is not None) if wish.plan_input else None
+    sampler, columns = sampler_model(traced, plan, contrast, wish.unroll, layout)
+    said = {"form": "unrolled" if wish.unroll else "loop", "table_columns": list(columns.names)}
+    if layout is None:
+        return sampler, said, {}
+    times = compile_table(plan).t
+    low, high = (contrast.low, contrast.high) if contrast else (0.0, float("inf"))
+    acts = acts_at(traced.denoiser.schedule, times, low, high)
+    arrays: dict[str, Any] = dict(layout.arrays(plan, levels_at(traced.denoiser, times), acts))
+    np.savez(folder / "plan.npz", **arrays)
+    save(levels_model(traced), folder / "levels.onnx")
+    return sampler, {**said, "plan_input": asdict(layout)}, arrays
 
 
-def export(denoiser: Denoiser, plan: Plan, out: str | Path, wish: Wish | None = None, form: str = "onnx") -> dict[str, Any]:
+def _verified(folder: Path, subject: Subject, wish: Wish) -> dict[str, Any]:
+    """The gate; or, where nothing here runs this precision and the user knows, that it was not passed."""
+    from . import parity
+
+    try:
+        (sampler, network), provider = parity.sessions(folder, wish.precision)
+    except parity.NoRuntime as e:  # which `export` let through where the user knows
+        return {"verified": False, "why": str(e), "parity": {"sampler": [], "network": []}}
+    return {"verified": True, "parity": {"provider": provider, **parity.check(sampler, network, subject)}}
+
+
+def write_tensorrt(folder: Path, denoiser: Denoiser, plan: Method, wish: Wish, form: str) -> tuple[dict[str, Any], Subject]:
+    """The ONNX files, proven, and TensorRT's engines of them, proven too where a GPU runs them."""
+    from . import native, parity
+
+    made, subject = write_onnx(folder, denoiser, plan, replace(wish, target=wish.target or "tensorrt"))
+    record = made["tensorrt"] = build_engines(folder, form, wish.build, wish.precision)
+    if record["built"] and gpu() is not None:
+        sampler, network = (native.open_engine(folder, made, part) for part in ("sampler", "network"))
+        record |= {"executed": True, "why": "", "parity": parity.check(sampler, network, subject)}
+    return made, subject
+
+
+Writer = Callable[[Path, Denoiser, Method, Wish], tuple[dict[str, Any], "Subject"]]
+FORMATS: dict[str, Writer] = {"onnx": write_onnx, **{form: partial(write_tensorrt, form=form) for form in FORMS}}
+
+
+def export(denoiser: Denoiser, plan: Method, out: str | Path, wish: Wish | None = None, form: str = "onnx") -> dict[str, Any]:
     """Writes an engine for this denoiser, guided or not, and this plan; the manifest.
 
     Args:
         denoiser: with a shape; a guided one gives an engine whose scale is an input, its own scale being the default.
+        plan: a Plan; or a Control, for adaptive step size, the same for a whole batch.
         out: a folder that does not exist yet, or is empty.
 
     Raises:
@@ -84,13 +174,10 @@ def export(denoiser: Denoiser, plan: Plan, out: str | Path, wish: Wish | None = 
         need(name)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise FastdiffError(f"{out} exists already: choose another --out, or remove it first")
-    from .sampler import LONGEST_UNROLLED
-
-    if wish.unroll and plan.nfe > LONGEST_UNROLLED:  # said before the minute that tracing takes
-        raise FastdiffError(f"--unroll copies the network for every call: at most {LONGEST_UNROLLED}, given {plan.nfe}")
+    _check_wish(plan, wish, form)
     folder = _beside(out)
     try:
-        made = FORMATS[form](folder, denoiser, plan, wish)
+        made, _ = FORMATS[form](folder, denoiser, plan, wish)
         manifest = {**_origin(denoiser, plan, wish), **made, "files": manifests.files_of(folder)}
         (folder / manifests.NAME).write_text(json.dumps(manifest, indent=1) + "\n")
         os.chmod(folder, 0o755)  # mkdtemp made it private
@@ -102,6 +189,38 @@ def export(denoiser: Denoiser, plan: Plan, out: str | Path, wish: Wish | None = 
     return manifest
 
 
+def _check_wish(plan: Method, wish: Wish, form: str) -> None:
+    """What cannot be, said before the minute that tracing takes."""
+    from .network import Form
+    from .parity import NoRuntime, provider_for
+    from .sampler import LONGEST_UNROLLED
+
+    target = wish.target or ("onnxruntime" if form == "onnx" else "tensorrt")
+    opset = Form(wish.precision, target, wish.opset, wish.multiple).check()
+    try:
+        provider_for(wish.precision)
+    except NoRuntime as e:
+        if not wish.unverified:
+            raise FastdiffError(f"{e}; --unverified writes the engine all the same") from e
+    if target == "tensorrt" and opset >= 23 and not (wish.unroll and wish.precision in ("fp16", "bf16")):
+        raise FastdiffError(f"TensorRT has attention as one node (opset {opset}) in fp16 and bf16 and outside of a Loop alone: "
+                            "add --unroll and --precision fp16, or leave out --opset")  # fmt: skip
+    if isinstance(plan, Control):
+        from .adaptive import PAIR
+
+        if given := [name for name, on in (("--unroll", wish.unroll), ("--plan-input", wish.plan_input)) if on]:
+            raise FastdiffError(f"an adaptive engine has no plan: leave out {', '.join(given)}")
+        if plan.pair != PAIR:
+            raise FastdiffError("an adaptive engine steps by dpmpp-23; leave out another solver")
+        if wish.precision == "int8":
+            raise FastdiffError("int8 is calibrated along a plan: leave out --adaptive")
+        return
+    if wish.unroll and wish.plan_input:
+        raise FastdiffError("--plan-input needs the Loop: leave out --unroll")
+    if wish.unroll and plan.nfe > LONGEST_UNROLLED:
+        raise FastdiffError(f"--unroll copies the network for every call: at most {LONGEST_UNROLLED}, given {plan.nfe}")
+
+
 def _beside(out: Path) -> Path:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -110,7 +229,7 @@ def _beside(out: Path) -> Path:
         raise FastdiffError(f"cannot write {out}: {e.strerror or e}; choose another place") from e
 
 
-def _save(model: Any, path: Path) -> None:
+def save(model: Any, path: Path) -> None:
     import onnx
 
     from .graph import check
@@ -122,13 +241,14 @@ def _save(model: Any, path: Path) -> None:
     check(str(path))
 
 
-def _origin(denoiser: Denoiser, plan: Plan, wish: Wish) -> dict[str, Any]:
+def _origin(denoiser: Denoiser, plan: Method, wish: Wish) -> dict[str, Any]:
     """Where the engine comes from, and how to use it."""
     guidance = None
     if isinstance(denoiser, Guided):
         low, high = denoiser.interval
         interval = [low, None if high == float("inf") else high]
-        guidance = {"input": "guidance_scale", "default": denoiser.scale, "network_calls": 2, "interval": interval}
+        guidance = {"input": "guidance_scale", "default": denoiser.scale, "network_calls": 2, "interval": interval,
+                    "rescale": denoiser.rescale}  # fmt: skip
     config = getattr(denoiser.network, "config", None)
     return {
         "format": manifests.FORMAT,
@@ -140,12 +260,18 @@ def _origin(denoiser: Denoiser, plan: Plan, wish: Wish) -> dict[str, Any]:
             "num_classes": getattr(config, "num_classes", None), "null_label": getattr(denoiser.network, "null_label", None),
             "training": denoiser.info.get("training"),
         },
-        "plan": {
-            "name": plan.name, "nfe": plan.nfe, "draws": plan.draws, "order": plan.order, "stochastic": plan.stochastic,
-            "start": list(plan.start),
-        },
+        "plan": _plan(denoiser, plan),
         "guidance": guidance,
     }  # fmt: skip
+
+
+def _plan(denoiser: Denoiser, plan: Method) -> dict[str, Any]:
+    schedule = denoiser.schedule
+    if isinstance(plan, Control):
+        start = [float(schedule.alpha(schedule.t_max)), float(schedule.sigma(schedule.t_max))]
+        return {"name": "adaptive", "nfe": None, "draws": 0, "order": 3, "stochastic": False, "start": start}
+    return {"name": plan.name, "nfe": plan.nfe, "draws": plan.draws, "order": plan.order, "stochastic": plan.stochastic,
+            "start": list(plan.start)}  # fmt: skip
 
 
 def _ranges(traced: Traced, contrast: Contrast | None) -> dict[str, list[float]]:

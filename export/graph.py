@@ -12,6 +12,7 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto,
 IR = 10  # read by ONNX Runtime 1.18 and later, TensorRT 10 and later
 FLOAT, DOUBLE, INT64, BOOL = TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.INT64, TensorProto.BOOL
 Shape = Sequence[Any]  # numbers, and names for what may have any size
+Weight = float | str  # a number, or the name of a tensor (1,) that holds it
 
 
 class Graph:
@@ -75,6 +76,27 @@ def value(name: str, dtype: int, shape: Shape) -> Any:
     return helper.make_tensor_value_info(name, dtype, list(shape))
 
 
+def weight_tensor(g: Graph, w: Weight) -> str:
+    return w if isinstance(w, str) else g.constant([w], np.float32)
+
+
+def scaled(g: Graph, w: Weight, x: str) -> str:
+    return x if w == 1.0 else str(g.add("Mul", x, weight_tensor(g, w)))
+
+
+def total(g: Graph, terms: Sequence[tuple[Weight, str]]) -> str:
+    """The weighted sum, in order; "" where there is no term."""
+    found = ""
+    for w, x in terms:
+        part = scaled(g, w, x)
+        found = g.add("Add", found, part) if found else part
+    return found
+
+
+def zeros(g: Graph, like: str) -> str:
+    return str(g.add("Sub", like, like))
+
+
 def clean(model: ModelProto) -> ModelProto:
     """Without local functions, and without what the exporter leaves for debugging: four times the bytes of a small network."""
     if model.functions:
@@ -91,17 +113,18 @@ def check(path: str) -> None:
 
 
 def _strip(graph: GraphProto) -> None:
-    graph.doc_string = ""
-    del graph.value_info[:]
-    del graph.metadata_props[:]
-    for item in (*graph.input, *graph.output, *graph.initializer):
-        item.doc_string = ""
-        del item.metadata_props[:]
-    for node in graph.node:
-        node.doc_string = ""
-        del node.metadata_props[:]
-        for inner in _subgraphs(node):
-            _strip(inner)
+    for g in graphs(graph):
+        g.doc_string = ""
+        del g.value_info[:]
+        del g.metadata_props[:]
+        for item in (*g.input, *g.output, *g.initializer, *g.node):
+            item.doc_string = ""
+            del item.metadata_props[:]
+
+
+def graphs(graph: GraphProto) -> list[GraphProto]:
+    """The graph and every graph inside its nodes."""
+    return [graph, *(found for node in graph.node for inner in _subgraphs(node) for found in graphs(inner))]
 
 
 def _subgraphs(node: NodeProto) -> list[GraphProto]:

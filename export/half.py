@@ -29,15 +29,15 @@ def _float(v: Any) -> Any:
     return v.float() if isinstance(v, Tensor) and v.is_floating_point() else v
 
 
-def half_copy(network: Any) -> nn.Module:
-    """A copy of the network in float16 but for its norms (group, layer, RMS, instance), which compute in float32.
+def half_copy(network: Any, dtype: torch.dtype = torch.float16) -> nn.Module:
+    """A copy of the network in float16 or bfloat16 but for its norms (group, layer, RMS, instance), which compute in float32.
 
     Raises:
         FastdiffError: a network that is no nn.Module.
     """
     if not isinstance(network, nn.Module):
-        raise FastdiffError(f"fp16 needs a network that is an nn.Module; given {type(network).__name__}")
-    made = copy.deepcopy(network).to(torch.float16)
+        raise FastdiffError(f"half precision needs a network that is an nn.Module; given {type(network).__name__}")
+    made = copy.deepcopy(network).to(dtype)
     for parent in list(made.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, NORMS) and not isinstance(parent, _InFloat32):

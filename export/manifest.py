@@ -19,6 +19,11 @@ MEANINGS = {
     "noises": "unit normals, draws 1, 2, ... of each sample's seed",
     "class_labels": "the class of each sample",
     "guidance_scale": "classifier-free guidance: negative + scale (conditional - negative); 1 = none",
+    "plan_table": "a row for each call: the denoiser's scalars and the plan's weights (plan.npz holds the exported plan's)",
+    "plan_start": "the weights of noise and first draws in each state before the first call",
+    "plan_draws": "the place of each row's draws in noises",
+    "rtol": "relative tolerance of a step", "atol": "absolute tolerance of a step",
+    "nfe": "evaluations made", "finished": "false where the evaluations ran out before the end",
     "x": "samples in the model's data range",
     "images": "samples scaled and cut to [0, 1]",
     "t": "time in the schedule's own units, one a sample",
@@ -88,6 +93,6 @@ def read(folder: str | Path) -> dict[str, Any]:
             raise CheckpointError(f"{folder} lacks {name}: the engine is not complete; export it again")
         if (found := sha256(path)) != wanted:
             raise CheckpointError(f"{path} has sha256 {found[:16]}..., {NAME} says {wanted[:16]}...: damaged; export it again")
-    if not {"sampler.onnx", "network.onnx", "plan.json"} <= set(entries):
+    if not {"sampler.onnx", "network.onnx", "run.py"} <= set(entries):
         raise CheckpointError(f"{folder / NAME} does not name all parts of an engine; export it again")
     return dict(manifest)

@@ -45,6 +45,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--seeds", default="0-15", help="a range such as 0-15")
     options.add_argument("--guidance", type=float, default=(engine["guidance"] or {}).get("default", 1.0))
+    options.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="where the engine's height and width vary")
     options.add_argument("--out", type=Path, default=Path("out"))
     given = options.parse_args()
     for name, entry in engine["files"].items():
@@ -52,12 +53,14 @@ def main() -> None:
             sys.exit(f"{name} is not the file of the manifest: the engine is damaged")
     first, last = (given.seeds.split("-") * 2)[:2]
     seeds, shape, names = range(int(first), int(last) + 1), engine["source"]["shape"], engine["source"]["classes"]
+    shape = shape[:-2] + (given.size or shape[-2:])
     count = int(np.prod(shape))
     draws = [np.stack([normal(s, k, count).reshape(shape) for s in seeds]) for k in range(engine["plan"]["draws"] + 1)]
     feed = {"noise": draws[0], "noises": np.stack(draws[1:]) if draws[1:] else None, "guidance_scale": np.float32(given.guidance)}
     feed["class_labels"] = np.array([s % max(len(names), 1) for s in seeds], np.int64)
+    feed.update(np.load(HERE / "plan.npz") if "plan_input" in engine else engine.get("control", {}))
     session = onnxruntime.InferenceSession(HERE / "sampler.onnx", providers=["CPUExecutionProvider"])
-    wanted = {i.name: np.asarray(feed[i.name]) for i in session.get_inputs()}
+    wanted = {i.name: np.asarray(feed[i.name], np.float32 if i.name in ("rtol", "atol") else None) for i in session.get_inputs()}
     images = (session.run(["images"], wanted)[0] * 255).round().astype(np.uint8)
     given.out.mkdir(parents=True, exist_ok=True)
     for s, image in zip(seeds, images, strict=True):

@@ -71,8 +71,10 @@ def sample_adaptive(
     atol: float = 1e-2,
     max_nfe: int = 300,
     dtype: torch.dtype = torch.float32,
+    together: bool = False,
 ) -> Adaptive:
-    """The probability-flow ODE from the noisiest level to clean data, with per-sample error control.
+    """The probability-flow ODE from the noisiest level to clean data, with per-sample error control; or, with `together`, one
+    step size for the whole batch, decided by its worst sample, as exported engines do it.
 
     A sample whose root-mean-square error estimate, relative to atol + rtol |x|, is at most 1 takes the step. The last
     evaluation is at the least noisy level, whose prediction is the sample.
@@ -92,7 +94,7 @@ def sample_adaptive(
     row = Row(first.t, first.alpha, first.sigma, IDENTITY, IDENTITY, store=())
     idle = Plan("adaptive", (row,), (first.alpha, first.sigma), (first.alpha, first.sigma))
     state, _ = begin(denoiser, idle, noise, seeds, start, dtype, None)
-    run = _Run(denoiser, state, control, first)
+    run = _Run(denoiser, state, control, first, together)
     while run.active.numel():
         run.step()
     if bool(run.unfinished.any()):
@@ -104,8 +106,8 @@ def sample_adaptive(
 class _Run:
     """The samples still on their way: their states, log-SNRs and step sizes, and their places in the batch."""
 
-    def __init__(self, denoiser: Denoiser, state: Tensor, control: Control, first: Node) -> None:
-        self.full, self.control = denoiser, control
+    def __init__(self, denoiser: Denoiser, state: Tensor, control: Control, first: Node, together: bool = False) -> None:
+        self.full, self.control, self.together = denoiser, control, together
         self.out = torch.zeros_like(state)
         count = state.shape[0]
         self.nfe = torch.zeros(count, dtype=torch.int64, device=state.device)
@@ -142,6 +144,8 @@ class _Run:
         tried = c.pair.attempt(self.field, self.x, self.lam, h, self.slope)
         scale = c.atol + c.rtol * torch.maximum(self.x.abs(), tried.high.abs())
         error = ((tried.high - tried.low) / scale).double().flatten(1).square().mean(dim=1).sqrt().clamp(min=1e-10)
+        if self.together:
+            error = error.max().expand_as(error)
         accepted = error <= 1.0
         keep = accepted.view(-1, *(1,) * (self.x.ndim - 1))
         self.x, self.lam = torch.where(keep, tried.high, self.x), torch.where(accepted, end, self.lam)

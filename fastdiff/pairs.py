@@ -49,6 +49,12 @@ def spread(weights: Tensor, x: Tensor) -> Tensor:
     return weights.to(x.dtype).view(-1, *(1,) * (x.ndim - 1))
 
 
+def curve(s: Tensor) -> Tensor:
+    """The integral of a step's length times the exponential: e^h - 1 - h for s = h, h - 1 + e^-h for s = -h; by its series where
+    that cancels."""
+    return torch.where(s.abs() > 1e-2, torch.expm1(s) - s, s**2 / 2 + s**3 / 6 + s**4 / 24 + s**5 / 120)
+
+
 @dataclass(frozen=True)
 class Exponential:
     """Exponential integrators in the log-SNR, on D (DPM-Solver++, Lu et al. 2022b) or on eps (DPM-Solver-12 and -23, Lu et al.
@@ -84,9 +90,7 @@ class Exponential:
         y = x * spread(kept, x) + d * spread(-scale * torch.expm1(s), x)
         if change is None or over is None:
             return y
-        # the integral of s times the exponential: e^h - 1 - h, and h - 1 + e^-h; by its series where that cancels
-        curve = torch.where(h > 1e-2, torch.expm1(s) - s, s**2 / 2 + s**3 / 6 + s**4 / 24 + s**5 / 120)
-        return y + change * spread((-scale if self.on_eps else scale) * curve / over, x)
+        return y + change * spread((-scale if self.on_eps else scale) * curve(s) / over, x)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,19 +26,24 @@ class _Session:
 
 
 class EngineDenoiser(Denoiser):
-    """A denoiser whose (x, t) -> x0 is one call of network.onnx; t reaches it in float64. No gradients; the CPU's tensors."""
+    """A denoiser whose (x, t) -> x0 is one call of network.onnx; t reaches it in float64. No gradients; tensors stay where the
+    engine's provider computes."""
 
-    session: Any
+    engine: Any
     names: tuple[str, ...]
 
     def __call__(self, x: Tensor, t: float | Tensor) -> Tensor:
-        times = t.double().cpu().numpy() if isinstance(t, Tensor) else np.full(len(x), t, np.float64)
-        feed = {"x": x.detach().float().cpu().numpy(), "t": times}
+        times = t.double() if isinstance(t, Tensor) else torch.full((len(x),), t, dtype=torch.float64)
+        feed = {"x": x.detach().float(), "t": times}
         for name in self.names:
             if name not in self.cond:
                 raise CheckpointError(f"this engine asks for {name}: bind it first (one a sample)")
-            feed[name] = torch.as_tensor(self.cond[name]).cpu().numpy()
-        return torch.from_numpy(self.session.run(["x0"], feed)[0]).to(x)
+            feed[name] = torch.as_tensor(self.cond[name])
+        return self.engine.evaluate(feed, x.shape).to(x)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.engine.device)
 
 
 def load(folder: str | Path) -> EngineDenoiser:
@@ -63,5 +67,5 @@ def load(folder: str | Path) -> EngineDenoiser:
         denoiser.info = {"class_names": source["classes"], "engine": engine.provider, "training": source.get("training") or {}}
     except (KeyError, TypeError, ValueError) as e:
         raise CheckpointError(f"{folder}: its manifest describes no denoiser ({type(e).__name__} {e}); export it again") from e
-    denoiser.session, denoiser.names = engine.session, tuple(n for n in engine.inputs if n not in ("x", "t"))
+    denoiser.engine, denoiser.names = engine, tuple(n for n in engine.inputs if n not in ("x", "t"))
     return denoiser

@@ -28,3 +28,20 @@ def tiny_traced(tiny_denoiser):
     from fastdiff.export.network import trace
 
     return trace(tiny_denoiser)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory, tiny_denoiser):
+    import tiny
+
+    return tiny.checkpoint(tmp_path_factory.mktemp("checkpoint") / "a.safetensors", tiny_denoiser.network)
+
+
+@pytest.fixture
+def traced_once(monkeypatch, tiny_traced):
+    """Exports of the tiny checkpoint take its network as it was traced before, for tests of what comes after."""
+    from dataclasses import replace
+
+    from fastdiff.export import network
+
+    monkeypatch.setattr(network, "trace", lambda denoiser, *_: replace(tiny_traced, denoiser=denoiser))

@@ -9,29 +9,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import tiny
 import torch
+from making import make
 from PIL import Image
 
 import fastdiff as fd
 from fastdiff.errors import CheckpointError, FastdiffError
 
 CPU_ONLY = {**os.environ, "PYTHONPATH": ""}
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, tiny_denoiser):
-    return tiny.checkpoint(tmp_path_factory.mktemp("checkpoint") / "a.safetensors", tiny_denoiser.network)
-
-
-def make(checkpoint, out, solver="unipc-2", nfe=5, guidance=1.0, names=("round", "square", "T-bar"), **wish):
-    from fastdiff.export.folder import Wish, export
-
-    den = fd.load(checkpoint)
-    if guidance != 1.0:
-        den = fd.guide.cfg(den.bind(class_labels=torch.zeros(1, dtype=torch.long)), guidance)
-    export(den, fd.plan(solver, den, nfe), out, Wish(class_names=names, **wish))
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +68,7 @@ def test_each_file_is_little_more_than_its_weights(plain, checkpoint):
 
 @pytest.mark.parametrize("labels", [[0, 1, 2], [2]])
 def test_the_runtime_gives_the_eager_samples(labels, plain, guided, checkpoint):
-    from fastdiff.export.runtime import Engine
+    from fastdiff.export.runtime import Ask, Engine
 
     seeds = [5, 2**63 + 1, 7][: len(labels)]
     engine = Engine(plain, threads=1)
@@ -93,15 +78,15 @@ def test_the_runtime_gives_the_eager_samples(labels, plain, guided, checkpoint):
     engine = Engine(guided, threads=1)
     for scale in (None, 1.0, 3.0):
         want = eager(checkpoint, "euler-ancestral", 4, seeds, labels, 2.0 if scale is None else scale)
-        np.testing.assert_allclose(engine.sample(seeds, labels, scale), want, atol=1e-4 * float(want.abs().max()))
+        np.testing.assert_allclose(engine.sample(seeds, labels, Ask(scale)), want, atol=1e-4 * float(want.abs().max()))
 
 
 def test_what_a_runtime_refuses(plain, tmp_path):
-    from fastdiff.export.runtime import Engine
+    from fastdiff.export.runtime import Ask, Engine
 
     engine = Engine(plain, threads=1)
-    with pytest.raises(FastdiffError, match="exported without guidance"):
-        engine.sample([1], [0], 2.0)
+    with pytest.raises(FastdiffError, match="exported without guidance: export again"):
+        engine.sample([1], [0], Ask(2.0))
     with pytest.raises(FastdiffError, match="one class label a sample"):
         engine.sample([1])
     with pytest.raises(FastdiffError, match="0 to 3 for this engine; given 4"):
@@ -151,14 +136,6 @@ def test_a_folder_without_an_engine(tmp_path):
         Engine(tmp_path)
 
 
-@pytest.fixture
-def traced_once(monkeypatch, tiny_traced):
-    """Exports of the tiny checkpoint take its network as it was traced before, for tests of what comes after."""
-    from fastdiff.export import network
-
-    monkeypatch.setattr(network, "trace", lambda denoiser, *_: replace(tiny_traced, denoiser=denoiser))
-
-
 def test_what_differs_is_not_exported(checkpoint, tmp_path, monkeypatch, traced_once):
     """The gate sees a graph that is a little wrong, and nothing is left of it."""
     from fastdiff.export import sampler
@@ -197,7 +174,7 @@ def test_half_precision_is_measured_against_torchs_own(checkpoint, tmp_path):
     made = make(checkpoint, tmp_path / "engine", precision="fp16")
     found = json.loads((made / "manifest.json").read_text())
     for figures in (*found["parity"]["sampler"], *found["parity"]["network"]):
-        assert 1e-6 < figures["rms"] <= max(1e-4, 2 * figures["torch_fp16_rms"])
+        assert 1e-6 < figures["rms"] <= max(1e-4, 2 * figures["torch_rms"])
     assert (made / "network.onnx").stat().st_size < 0.7 * 4 * sum(p.numel() for p in fd.load(checkpoint).network.parameters())
 
 
@@ -267,8 +244,27 @@ def test_commands(checkpoint, fastdiff, traced_once):
     assert sorted(pixels(fastdiff.folder / "o")) == ["seed000003_class1-square.png", "seed000004_class1-square.png"]
 
 
+def test_a_plan_on_the_command_line(checkpoint, fastdiff, traced_once):
+    """One engine, two plans: the pictures of `fastdiff sample` for both."""
+    den = fd.load(checkpoint)
+    fd.plan("dpmpp-2m", den, 3).save(fastdiff.folder / "p.json")
+    assert fastdiff("export", checkpoint, "--solver", "ddim", "--nfe", 4, "--plan-input", "--out", "e")[0] == 0
+    for plan, how in (([], ["--solver", "ddim", "--nfe", 4]), (["--plan", "p.json"], ["--plan", "p.json"])):
+        code, out, err = fastdiff("run", "e", *plan, "--seeds", "0-3", "--out", "a", "--threads", 1)
+        assert (code, err) == (0, "") and ("dpmpp-2m, 3 evaluations" if plan else "ddim, 4 evaluations") in out
+        assert fastdiff("sample", checkpoint, *how, "--seeds", "0-3", "--out", "b")[0] == 0
+        a, b = (pixels(fastdiff.folder / name) for name in "ab")
+        assert list(a) == list(b) and max(np.abs(a[n].astype(int) - b[n]).max() for n in a) <= 1
+        shutil.rmtree(fastdiff.folder / "a"), shutil.rmtree(fastdiff.folder / "b")
+
+
 @pytest.mark.parametrize("args, words", [
-    (["--format", "tensorrt"], "--format is onnx; given 'tensorrt'"), (["--precision", "int4"], "fp32 or fp16"),
+    (["--format", "abacus"], "--format is onnx, tensorrt, tensorrt-rtx; given 'abacus'"),
+    (["--precision", "int4"], "fp32 or fp16 or bf16 or int8"), (["--opset", "30"], "--opset is 18 to 23; given 30"),
+    (["--precision", "int8", "--target", "tensorrt"], "for --target onnxruntime"),
+    (["--precision", "bf16"], "on CUDA alone, which is not here; --unverified"),
+    (["--opset", "23", "--target", "tensorrt"], "outside of a Loop alone: add --unroll"),
+    (["--adaptive", "--plan-input"], "an adaptive engine has no plan"), (["--plan-input", "--unroll"], "needs the Loop"),
     (["--target", "abacus"], "onnxruntime or tensorrt"), (["--nfe", "9", "--unroll"], "at most 8, given 9"),
     (["--solver", "ddimm"], "did you mean ddim"),
 ])  # fmt: skip

@@ -90,9 +90,9 @@ def test_learned_variance_is_left_out(tmp_path):
     ("onnxruntime", 20, "InstanceNormalization"), ("tensorrt", 21, "GroupNormalization"),
 ])  # fmt: skip
 def test_each_target_has_its_opset_and_norm(target, opset, norm):
-    from fastdiff.export.network import trace
+    from fastdiff.export.network import Form, trace
 
-    model = trace(fd.Denoiser(Small(), fd.schedule.vp_cosine(), "v", shape=(1, 8, 8)), target=target).model
+    model = trace(fd.Denoiser(Small(), fd.schedule.vp_cosine(), "v", shape=(1, 8, 8)), Form(target=target)).model
     assert model.opset_import[0].version == opset
     assert norm in {node.op_type for node in model.graph.node}
 
@@ -100,10 +100,10 @@ def test_each_target_has_its_opset_and_norm(target, opset, norm):
 def test_half_keeps_the_norms_in_float32():
     from onnx import TensorProto
 
-    from fastdiff.export.network import trace
+    from fastdiff.export.network import Form, trace
 
     den = fd.Denoiser(Small(), fd.schedule.vp_cosine(), "v", shape=(1, 8, 8))
-    traced = trace(den, "fp16")
+    traced = trace(den, Form("fp16"))
     weights = {t.name: t for t in traced.model.graph.initializer}
     convolutions = [weights[n.input[1]] for n in traced.model.graph.node if n.op_type == "Conv"]
     assert convolutions and all(w.data_type == TensorProto.FLOAT16 for w in convolutions)
@@ -144,10 +144,10 @@ def test_what_cannot_be_exported_is_one_line_with_the_place():
     ({"precision": "int4"}, "fp32 or fp16"), ({"target": "abacus"}, "onnxruntime or tensorrt"),
 ])  # fmt: skip
 def test_unknown_words_are_refused(change, words, tiny_denoiser):
-    from fastdiff.export.network import trace
+    from fastdiff.export.network import Form, trace
 
     with pytest.raises(FastdiffError, match=words):
-        trace(tiny_denoiser, **change)
+        trace(tiny_denoiser, Form(**change))
 
 
 def test_a_denoiser_without_a_shape_or_of_half_weights_is_refused(tiny_denoiser):

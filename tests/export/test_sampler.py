@@ -8,6 +8,7 @@ import torch
 
 import fastdiff as fd
 from fastdiff.errors import FastdiffError
+from fastdiff.guide import Guided
 
 LABELS = torch.tensor([0, 1, 2, 0, 1])
 CLOSE = 5e-5  # a random network magnifies float32's rounding; what an export may differ by is 1e-4
@@ -17,7 +18,8 @@ STOCHASTIC = ["ddpm", "euler-ancestral"]
 def engine(traced, plan, guided=None, unroll=False):
     import onnxruntime
 
-    from fastdiff.export.sampler import contrast_of, sampler_model
+    from fastdiff.export.evaluate import contrast_of
+    from fastdiff.export.sampler import sampler_model
 
     model, _ = sampler_model(traced, plan, contrast_of(guided) if guided else None, unroll)
     return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
@@ -131,12 +133,14 @@ def test_the_graph_holds_the_weights_once_and_little_else(tiny_traced, tiny_deno
 
 
 def test_what_an_engine_cannot_hold_is_refused(tiny_traced, tiny_denoiser):
-    from fastdiff.export.sampler import contrast_of, sampler_model
+    from fastdiff.export.evaluate import contrast_of
+    from fastdiff.export.sampler import sampler_model
 
     with pytest.raises(FastdiffError, match="at most 8, given 9"):
         sampler_model(tiny_traced, fd.plan("ddim", tiny_denoiser, 9), unroll=True)
     den = tiny_denoiser.bind(class_labels=LABELS)
-    with pytest.raises(FastdiffError, match="no rescale"):
-        contrast_of(fd.guide.cfg(den, 2.0, rescale=0.5))
+    with pytest.raises(FastdiffError, match="no guidance inside guidance"):
+        inner = fd.guide.cfg(den, 2.0)
+        contrast_of(Guided(inner, inner.negative, 2.0, (0.0, float("inf")), 0.0))
     with pytest.raises(FastdiffError, match="same names and different values"):
         contrast_of(fd.guide.cfg(tiny_denoiser, 2.0, negative={"class_labels": LABELS}))
