@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .errors import FastdiffError, NonFiniteError
 from .noise import NoiseSource, check_seeds, from_seeds
-from .plans import Plan
+from .plans import Plan, Step
 
 DenoiserLike = Callable[[Tensor, Any], Tensor]
 Callback = Callable[[int, Tensor], None]
@@ -111,21 +111,26 @@ def run(
                 registers[plan.first_noise] = z
     y = registers[0] = x
     for i, step in enumerate(plan.program):
-        d = denoiser(y, step.t) if step.call else None
-        for register, p, q in step.stores:
-            registers[register] = d if p == 0.0 and q == 1.0 else _pair(y, p, d, q)
-        del d  # what no later row reads is gone before the next call
-        if step.draw is not None:
-            registers[step.draw] = draw()
-        y = _sum(registers, step.next)
-        if step.base is None:
-            registers[0] = y
-        elif step.base:
-            registers[0] = _sum(registers, step.base)
-        for r in step.free:
-            del registers[r]
+        y = advance(registers, step, y, denoiser(y, step.t) if step.call else None, draw)
         if callback is not None:
             callback(i, y)
+    return y
+
+
+def advance(registers: dict[int, Any], step: Step, y: Tensor, d: Tensor | None, draw: Callable[[], Tensor]) -> Tensor:
+    """One row of a program: from the point y and its prediction d (None where the row makes no call) to the next point."""
+    for register, p, q in step.stores:
+        registers[register] = d if p == 0.0 and q == 1.0 else _pair(y, p, d, q)
+    del d  # what no later row reads is gone before the next call
+    if step.draw is not None:
+        registers[step.draw] = draw()
+    y = _sum(registers, step.next)
+    if step.base is None:
+        registers[0] = y
+    elif step.base:
+        registers[0] = _sum(registers, step.base)
+    for r in step.free:
+        del registers[r]
     return y
 
 
