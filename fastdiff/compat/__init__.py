@@ -1,4 +1,4 @@
-"""Seats in other libraries: diffusers pipelines, k-diffusion samplers (ComfyUI, A1111). Nothing of theirs is loaded until used."""
+"""Seats in other libraries: diffusers pipelines, k-diffusion samplers (ComfyUI, A1111). None of theirs is loaded until used."""
 
 from __future__ import annotations
 

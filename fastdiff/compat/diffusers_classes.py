@@ -5,6 +5,7 @@ The class is asked for its levels, so spacing, final sigma, karras sigmas, shift
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -63,6 +64,12 @@ def _ddpm(c: Config, n: int) -> Solver:
     return "ddpm", {"variance": c["variance_type"].split("_")[1]}
 
 
+def _pndm(c: Config, n: int) -> Solver:
+    if not c["skip_prk_steps"] and n < 4:
+        raise _unsupported(c, f"skip_prk_steps=False and {n} steps")
+    return "plms" if c["skip_prk_steps"] else "pndm", {}
+
+
 def _flow_euler(c: Config, n: int) -> Solver:
     if c["invert_sigmas"] or c["stochastic_sampling"]:
         raise _unsupported(c, "invert_sigmas or stochastic_sampling")
@@ -72,7 +79,7 @@ def _flow_euler(c: Config, n: int) -> Solver:
 CLASSES: dict[str, Callable[[Config, int], Solver]] = {
     "DDIMScheduler": lambda c, n: ("ddim", {}),
     "DDPMScheduler": _ddpm,
-    "PNDMScheduler": lambda c, n: ("plms" if c["skip_prk_steps"] else "pndm", {}),
+    "PNDMScheduler": _pndm,
     "LCMScheduler": lambda c, n: ("lcm", {}),
     "TCDScheduler": lambda c, n: ("tcd", {}),
     "EulerDiscreteScheduler": lambda c, n: ("euler", {}),
@@ -95,12 +102,30 @@ def _unsupported(c: Config, what: str) -> FastdiffError:
     return FastdiffError(f"{c['_class_name']} with {what} has no equal here: give solver= one of fd.list_solvers() and a grid=")
 
 
+def class_of(config: Config) -> str:
+    """The class whose config this is: named in one that was loaded, told by its parameters in one of a scheduler just made."""
+    import diffusers
+
+    if isinstance(config.get("_class_name"), str):
+        return config["_class_name"]
+    given = {k for k in config if not k.startswith("_")}
+    for name in CLASSES:
+        if given == set(inspect.signature(getattr(diffusers, name).__init__).parameters) - {"self"}:
+            return name
+    raise FastdiffError("this is no diffusion scheduler's config (give pipe.scheduler.config): it names no class, and its "
+                        f"entries are no class's: {', '.join(sorted(given)) or 'none'}")  # fmt: skip
+
+
 def make_peer(class_name: str, config: Config) -> Any:
     """diffusers' own scheduler of that class from a config of any class, as its `from_config` reads it."""
     import diffusers
 
-    cls = getattr(diffusers, class_name, None)
-    if cls is None or not hasattr(cls, "set_timesteps"):
+    cls: Any = getattr(diffusers, class_name, None)
+    try:
+        known = hasattr(cls, "set_timesteps")
+    except ImportError as e:  # a stand-in for a class whose own dependency is missing
+        raise FastdiffError(f"{class_name}: {str(e).strip()}") from None
+    if not known:
         raise FastdiffError(f"diffusers has no scheduler class {class_name!r}")
     return cls.from_config({k: v for k, v in config.items() if k != "_class_name"})
 
@@ -148,7 +173,7 @@ def levels(peer: Any, config: Config, schedule: NoiseSchedule) -> tuple[Grid, fl
         return _by_table(peer, name, times, schedule), float(peer.init_noise_sigma)
     sigmas = np.asarray(peer.sigmas.cpu(), np.float64)
     if name in ("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"):
-        sigmas = np.concatenate([sigmas[:1], sigmas[1:-1:2], sigmas[-1:]])  # each level twice, for their two calls
+        sigmas = np.array(list(dict.fromkeys(sigmas.tolist())))  # each level is there twice, for their two calls
         times = times[::2] if name.startswith("KDPM2") else np.concatenate([times[:1], times[1::2]])
     nodes = []
     for i, sigma in enumerate(sigmas.tolist()):
@@ -169,6 +194,8 @@ def levels(peer: Any, config: Config, schedule: NoiseSchedule) -> tuple[Grid, fl
 def _by_table(peer: Any, name: str, times: np.ndarray, schedule: NoiseSchedule) -> Grid:
     """Classes that read their levels off the table of alphas by whole times."""
     if name == "PNDMScheduler":  # its list repeats times that its own start asks for again
+        if not peer.config.skip_prk_steps:  # three steps of four calls each begin it
+            times = np.array([*times[0:12:4], *times[12:]])
         times = np.array(list(dict.fromkeys(times.tolist())))
     nodes = [Node(t, float(schedule.alpha(t)), float(schedule.sigma(t))) for t in times.tolist()]
     final = 1.0 if name in ("DDPMScheduler", "LCMScheduler") else float(peer.final_alpha_cumprod)

@@ -46,7 +46,7 @@ class Stepper:
 
     def point(self, sample: Tensor) -> Tensor:
         """The point in full precision: our own where the sample is what we returned, untouched; else the sample."""
-        if self.state is not None and sample is self.returned and version(sample) == self.version:
+        if self.state is not None and sample is self.returned and 0 <= version(sample) == self.version:
             return self.state
         return sample if sample.dtype in (torch.float32, torch.float64) else sample.float()
 
@@ -68,5 +68,5 @@ class Stepper:
 
 
 def version(x: Tensor) -> int:
-    """How often a tensor was written to; -1, which nothing equals twice, for those that do not count it."""
+    """How often a tensor was written to; -1 for those that do not count it (inference mode)."""
     return -1 if x.is_inference() else x._version

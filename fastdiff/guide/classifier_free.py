@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .denoiser import Denoiser
-from .errors import FastdiffError
+from ..denoiser import Denoiser
+from ..errors import FastdiffError
 
 
 class Guided(Denoiser):
