@@ -175,6 +175,7 @@ def test_the_comfyui_node(monkeypatch):
         x = noise * float(sigmas[0])
         out = made.sample(Model(flow), sigmas.double(), {"seed": 0}, lambda *a, to=calls: to.append(a), x, True)
         assert [(a[0], a[3]) for a in calls] == [(i, 24) for i in range(24)]
-        level = (0.0, 1.0) if flow else (1.0, float(sigmas[0]))
-        want = BIMODAL.flow(x.flatten().numpy(), level, (1.0, 1e-6))
-        assert np.abs(out.flatten().numpy() - want).mean() < 0.02  # 0.3 with the other levels
+        schedule = fd.schedule.flow() if flow else fd.schedule.ve(0.01, 20.0)
+        plan = fd.plan("unipc-2", schedule, steps=24, grid=sigmas[:-1].double().tolist())
+        want = fd.sample(BIMODAL.network(schedule), plan, start=x, dtype=torch.float64)
+        assert (out - want).abs().max() < 1e-10
