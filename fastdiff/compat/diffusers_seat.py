@@ -163,12 +163,13 @@ class Seat:
         self, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None, schedule: NoiseSchedule
     ) -> Grid:
         """The grid of custom timesteps or sigmas; it ends at clean data."""
+        given = [] if sigmas is None else [float(s) for s in sigmas]
         if timesteps is not None:
             nodes = [node_at(schedule, self.schedule_time(float(t))) for t in timesteps]
         elif schedule.name == "flow":  # given unshifted, as pipelines do
-            nodes = [node_at(schedule, float(schedule.time_of_uniform(float(s)))) for s in sigmas or () if s > 0]
+            nodes = [node_at(schedule, float(schedule.time_of_uniform(s))) for s in given if s > 0]
         else:
-            nodes = [node_at_lam(schedule, -math.log(s)) for s in sigmas or () if s > 0]
+            nodes = [node_at_lam(schedule, -math.log(s)) for s in given if s > 0]
         return Grid((*nodes, Node(0.0, 1.0, 0.0)))
 
     def _grid_of(self, plan: Plan, steps: int, schedule: NoiseSchedule) -> Grid:
