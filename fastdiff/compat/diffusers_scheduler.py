@@ -18,7 +18,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from ..errors import FastdiffError
-from ..guide.limits import clip_to, dynamic_threshold
+from ..guide.limits import dynamic_threshold
 from ..noise import from_torch
 from ..plans import Plan
 from ..solvers.names import resolve
@@ -166,7 +166,7 @@ class DiffusersScheduler(SchedulerMixin, ConfigMixin):
         if c.get("thresholding"):
             d = dynamic_threshold(d, c["dynamic_thresholding_ratio"], c["sample_max_value"])
         elif c.get("clip_sample"):
-            d = clip_to(d, c["clip_sample_range"])
+            d = d.clamp(-c["clip_sample_range"], c["clip_sample_range"])
         if c["_class_name"] == "LCMScheduler":
             scaled = (timestep * c["timestep_scaling"]) ** 2  # sigma_data 0.5 (Luo et al. 2023, appendix)
             d = d * math.sqrt(scaled / (scaled + 0.25)) + y * (0.25 / (scaled + 0.25))
