@@ -195,6 +195,18 @@ class Denoiser:
             self.__dict__.pop("_dtype", None)
         return self
 
+    def compiled(self) -> Denoiser:
+        """A copy whose network runs through `torch.compile`: faster calls, after half a minute or more for each new shape.
+
+        Raises:
+            FastdiffError: the network is no torch module.
+        """
+        if not isinstance(self.network, torch.nn.Module):
+            raise FastdiffError(f"only a torch module can be compiled; this network is a {type(self.network).__name__}")
+        other = copy.copy(self)
+        other.network = torch.compile(self.network)
+        return other
+
     def images(self, x: Tensor) -> Tensor:
         """Samples in the data's own range -> images in [0, 1], float32, clipped."""
         low, high = self.data_range

@@ -96,7 +96,7 @@ def quality(denoiser: Denoiser, out: Path) -> None:
     files.write_text(path, json.dumps(record, indent=1) + "\n")
 
 
-def preset(denoiser: Denoiser, name: str, work: Path, out: Path) -> None:
+def preset(denoiser: Denoiser, name: str, work: Path, out: Path, compile: bool) -> None:
     """The record of a preset: its figures and pictures go to `out`, the cells stay in the work folder."""
     scorer = JudgeScorer()
     chosen, n = (quick_cells(), 128) if name == "quick" else (full_cells(), 256)
@@ -106,7 +106,7 @@ def preset(denoiser: Denoiser, name: str, work: Path, out: Path) -> None:
         first.run(chosen)  # from the cells that `full` left, where it ran
         chosen, n = best(first, chosen), 2048
         console.print(f"the best {BEST} of each NFE up to {FEW} and DDIM, n = {n}")
-    measure(denoiser, chosen, Setup(n), work / name, scorer)
+    measure(denoiser, chosen, Setup(n), work / name, scorer, compile=compile)
     for file in KEPT:
         files.write_bytes(out / name / file, (work / name / file).read_bytes())
 
@@ -173,6 +173,7 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(STAGES), help="stages, comma-separated")
     parser.add_argument("--records", type=Path, default=Path("benches/results"))
     parser.add_argument("--work", type=Path, default=Path("out/artefacts"), help="where finished cells are kept")
+    parser.add_argument("--compile", action="store_true", help="run the network of the long records through torch.compile")
     args = parser.parse_args()
     stages = args.only.split(",")
     if unknown := set(stages) - set(STAGES):
@@ -187,12 +188,12 @@ def main() -> None:
         elif stage == "quality":
             quality(denoiser, args.records)
         elif stage in ("quick", "full", "full-2048"):
-            preset(denoiser, stage, args.work, args.records)
+            preset(denoiser, stage, args.work, args.records, args.compile)
         elif stage == "plans":
             tuned.plans(denoiser, args.work / "tuned")
             denoiser = load("fashion-mnist")
         elif stage == "tuned":
-            tuned.tuned(denoiser, args.work, args.records)
+            tuned.tuned(denoiser, args.work, args.records, args.compile)
         elif stage == "card":
             card(denoiser, args.records)
             figures.write(args.records.parent.parent / "README.md", args.records)
