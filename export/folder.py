@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .. import files
 from ..denoiser import Denoiser
 from ..errors import FastdiffError
-from ..guide import Guided
+from ..guide import Guided, Wrapped
 from ..plans import Plan
 from . import manifest as manifests
 from .need import need
@@ -43,6 +43,8 @@ def write_onnx(folder: Path, denoiser: Denoiser, plan: Plan, wish: Wish) -> dict
     from .network import network_model, trace
     from .sampler import contrast_of, sampler_model
 
+    if isinstance(denoiser, Wrapped):
+        raise FastdiffError("an engine holds classifier-free guidance alone: no limits, gradients or composed conditions")
     contrast = contrast_of(denoiser) if isinstance(denoiser, Guided) else None
     plain = denoiser.positive if isinstance(denoiser, Guided) else denoiser
     traced = trace(plain, wish.precision, wish.target)
