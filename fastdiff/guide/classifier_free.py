@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..denoiser import Denoiser
+from ..denoiser import Denoiser, Network
 from ..errors import FastdiffError
 
 EVERYWHERE = (0.0, math.inf)
@@ -191,6 +192,24 @@ def check_guidance(scale: float, interval: tuple[float, float], rescale: float) 
     return float(scale)
 
 
+def check_taken(network: Network, names: set[str]) -> None:
+    """Whether a network takes the conditions, as far as its signature tells.
+
+    Raises:
+        FastdiffError: an unconditional network, or one of other conditions.
+    """
+    call = network.forward if isinstance(network, torch.nn.Module) else network
+    try:
+        parameters = inspect.signature(call).parameters.values()
+    except (TypeError, ValueError):  # a builtin tells nothing
+        return
+    if names and not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        takes = [p.name for p in parameters][2:]
+        if wrong := sorted(names - set(takes)):
+            none = "none (guide.autoguidance, guide.pag and guide.loss need none)"
+            raise FastdiffError(f"this network takes no condition {', '.join(wrong)}; it takes {', '.join(takes) or none}")
+
+
 def conditions(
     denoiser: Denoiser, cond: Mapping[str, Any] | None, negative: Mapping[str, Any] | None
 ) -> tuple[Denoiser, Denoiser]:
@@ -203,9 +222,7 @@ def conditions(
             why = "this network has no null class" if null is None else "no class_labels are bound"
             raise FastdiffError(f"guidance needs negative={{...}}, the condition to guide away from: {why}")
         negative = {"class_labels": torch.full_like(labels, null)}
-    if not positive.cond:
-        raise FastdiffError("guidance needs a condition to guide towards, and nothing is bound: give cond={...}; a model without "
-                            "conditions can have guide.autoguidance, guide.pag or guide.loss")  # fmt: skip
+    check_taken(denoiser.network, {*positive.cond, *negative})
     for name, value in negative.items():
         other = positive.cond.get(name)
         if isinstance(value, Tensor) and isinstance(other, Tensor) and value.ndim and other.ndim and len(value) != len(other):

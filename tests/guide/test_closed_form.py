@@ -315,7 +315,10 @@ def test_bad_input():
     bound = DEN.bind(class_labels=LABELS)
     bad = {
         "one of the two": lambda: fd.guide.cfg(bound, 2.0, w=1.0),
-        "nothing is bound": lambda: fd.guide.cfg(fd.Denoiser(lambda x, t: x, SCHEDULE, "x0"), 2.0, negative={"text": 1}),
+        "takes no condition text; it takes none": lambda: fd.guide.cfg(
+            fd.Denoiser(lambda x, t: x, SCHEDULE, "x0"), 2.0, {"text": 1}, {"text": 0}
+        ),
+        "takes no condition text; it takes class_labels": lambda: fd.guide.cfg(bound, 2.0, {"text": 1}, {"text": 0}),
         "3 negative conditions for 4": lambda: fd.guide.cfg(bound, 2.0, negative={"class_labels": LABELS[:3]}),
         "needs negative=": lambda: fd.guide.cfg(fd.Denoiser(lambda x, t, c: x, SCHEDULE, "x0"), 2.0, cond={"c": LABELS}),
         "one number a sample": lambda: fd.guide.loss(DEN, lambda x0: x0.sum(), 1.0)(X, T),
