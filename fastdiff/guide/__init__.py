@@ -1,9 +1,9 @@
 """Guidance: functions from Denoiser to Denoiser, composed freely and with every solver. scale 1 means no guidance where two
 predictions are combined (papers that write w mean scale - 1), 0 where a gradient is added."""
 
-from .cfgpp import cfgpp
+from .by_plan import cfgpp
 from .classifier_free import Guided, apg, cfg
-from .compose import compose
+from .composed import compose
 from .gradients import classifier, loss
 from .images import augmented, image_condition
 from .limits import clip, threshold

@@ -138,7 +138,8 @@ def test_what_an_engine_cannot_hold_is_refused(tiny_traced, tiny_denoiser):
     den = tiny_denoiser.bind(class_labels=LABELS)
     with pytest.raises(FastdiffError, match="no rescale"):
         contrast_of(fd.guide.cfg(den, 2.0, rescale=0.5))
-    for guided in (fd.guide.apg(den, 2.0), fd.guide.cfgpp(den, 0.5, fd.plan("ddim", den, 4)), fd.guide.cfg(fd.guide.clip(den), 2.0)):
+    plus = fd.guide.cfgpp(den, 0.5, fd.plan("ddim", den, 4))
+    for guided in (fd.guide.apg(den, 2.0), plus, fd.guide.cfg(fd.guide.clip(den), 2.0)):
         with pytest.raises(FastdiffError, match="apg or cfgpp"):
             contrast_of(guided)
     with pytest.raises(FastdiffError, match="same names and different values"):
