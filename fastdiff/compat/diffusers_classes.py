@@ -59,9 +59,10 @@ def _dpm_single(c: Config, n: int) -> Solver:
 
 
 def _ddpm(c: Config, n: int) -> Solver:
-    if c["variance_type"] not in ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"):
+    kinds = {"fixed_small": "small", "fixed_small_log": "small", "fixed_large": "large", "learned_range": "learned"}
+    if c["variance_type"] not in kinds:
         raise _unsupported(c, f"variance_type={c['variance_type']!r}")
-    return "ddpm", {"variance": c["variance_type"].split("_")[1]}
+    return "ddpm", {"variance": kinds[c["variance_type"]]}
 
 
 def _pndm(c: Config, n: int) -> Solver:

@@ -145,8 +145,11 @@ class DiffusersScheduler(SchedulerMixin, ConfigMixin):
             run.use_eta(eta)
         stepper = run.stepper
         y = stepper.point(sample)
+        v = None
         if model_output.shape != sample.shape and model_output.shape[1] == 2 * sample.shape[1]:
-            model_output = model_output[:, : sample.shape[1]]  # learned variance, which no plan here uses
+            model_output, v = model_output.chunk(2, dim=1)  # learned variance
+        elif stepper.plan.learned_variance:
+            raise FastdiffError("this plan needs learned variance: a network that returns twice the channels of its input")
         _, skip, out = run.coefficients[i]
         f = model_output if model_output.dtype == y.dtype else model_output.to(y.dtype)
         d = (y * skip).add_(f, alpha=out) if skip else f * out
@@ -157,7 +160,7 @@ class DiffusersScheduler(SchedulerMixin, ConfigMixin):
         def draw() -> Tensor:
             return from_torch(generator)(0, y.shape, y.device).to(y.dtype)
 
-        after = stepper.step(y, d, draw, sample.dtype)
+        after = stepper.step(y, (d, None if v is None else v.to(y.dtype)), draw, sample.dtype)
         return SchedulerOutput(prev_sample=after, pred_original_sample=x0.to(sample.dtype)) if return_dict else (after, x0)
 
     def _limited(self, d: Tensor, y: Tensor, timestep: float) -> Tensor:

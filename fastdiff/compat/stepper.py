@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import FastdiffError
 from ..plans import IDENTITY, Plan
-from ..sampling import advance
+from ..sampling import Predicted, advance
 
 
 class Stepper:
@@ -50,16 +50,18 @@ class Stepper:
             return self.state
         return sample if sample.dtype in (torch.float32, torch.float64) else sample.float()
 
-    def step(self, y: Tensor, d: Tensor, draw: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:
+    def step(
+        self, y: Tensor, predicted: Predicted, draw: Callable[[], Tensor], dtype: torch.dtype
+    ) -> Tensor:  # fmt: skip
         """One call's row, and the rows without calls that follow it; the next point, in `dtype`."""
         program, first = self.plan.program, self.calls[self.done]
         if first == 0 or program[first - 1].base is None:
             self.registers[0] = y  # the point itself is what this row builds on
-        y = advance(self.registers, program[first], y, d, draw)
+        y = advance(self.registers, program[first], y, predicted, draw)
         self.done += 1
         after = self.calls[self.done] if self.done < len(self.calls) else len(program)
         for i in range(first + 1, after):
-            y = advance(self.registers, program[i], y, None, draw)
+            y = advance(self.registers, program[i], y, (None, None), draw)
         if self.finished:
             self.registers = {}
         self.state, self.returned = y, y if y.dtype == dtype else y.to(dtype)

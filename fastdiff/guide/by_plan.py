@@ -35,6 +35,9 @@ class GuidedByPlan(Guided):
         d, n = self._both(x, t)
         return torch.lerp(n, d, scale)
 
+    def with_variance(self, x: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        raise FastdiffError("guide.cfgpp does not go with learned variance: sample with a deterministic plan")
+
 
 def cfgpp(
     denoiser: Denoiser, scale: float, plan: Plan, cond: Mapping[str, Any] | None = None,

@@ -78,6 +78,15 @@ class Guided(Denoiser):
             return self.negative(x, t)
         return self._combine(x, *self._both(x, t), self.scale)
 
+    def with_variance(self, x: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        """The guided prediction, and the conditional network's variance output (as diffusers' DiT pipeline takes it)."""
+        if self.scale == 0.0 and self._acts(t):
+            return self.negative.with_variance(x, t)
+        d, v = self.positive.with_variance(x, t)
+        if self.scale == 1.0 or not self._acts(t):
+            return d, v
+        return self._combine(x, d, self.negative(x, t), self.scale), v
+
     def _both(self, x: Tensor, t: float | Tensor) -> tuple[Tensor, Tensor]:
         """The two predictions: by one call on a doubled batch where asked for and possible, else by two."""
         joint = joined(self.positive, self.negative, len(x)) if self.batched or (self.batched is None and x.is_cuda) else None

@@ -23,6 +23,10 @@ class Limited(Wrapped):
     def __call__(self, x: Tensor, t: float | Tensor) -> Tensor:
         return self.limit(self.inner(x, t))
 
+    def with_variance(self, x: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        d, v = self.inner.with_variance(x, t)
+        return self.limit(d), v
+
 
 def clip(denoiser: Denoiser, low: float | None = None, high: float | None = None) -> Limited:
     """Static thresholding: predictions cut to [low, high], by default the data's own range."""

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..denoiser import Denoiser
+from ..errors import FastdiffError
 
 
 class Wrapped(Denoiser):
@@ -39,6 +40,9 @@ class Wrapped(Denoiser):
     def subset(self, index: Tensor, batch: int) -> Denoiser:
         cut = {k: v[index] if isinstance(v, Tensor) and v.ndim and len(v) == batch else v for k, v in self.targets.items()}
         return self._around(self.inner.subset(index, batch), cut)
+
+    def with_variance(self, x: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        raise FastdiffError(f"guidance of kind {type(self).__name__} does not go with learned variance: take another solver")
 
     def _around(self, inner: Denoiser, targets: dict[str, Any]) -> Denoiser:
         same = copy.copy(self)

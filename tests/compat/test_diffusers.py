@@ -166,6 +166,25 @@ def test_the_state_is_wider_than_the_pipeline(dtype):
     assert ((x.double() - exact) / exact).abs().max() < 1.1 * torch.finfo(dtype).eps
 
 
+def test_learned_variance():
+    """Twice the channels: the noise of each element by the network's second half, as DDPMScheduler takes it."""
+    config = diffusers.DDPMScheduler(variance_type="learned_range", clip_sample=False).config
+    theirs, ours = diffusers.DDPMScheduler.from_config(config), Seat.from_config(config)
+    ends = []
+    for scheduler in (theirs, ours):
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(2, 3, 4, 4, generator=generator)
+        scheduler.set_timesteps(6)
+        for t in scheduler.timesteps:
+            out = torch.cat([0.8 * x, torch.sin(3 * x)], dim=1)
+            x = scheduler.step(out, t, x, generator=generator).prev_sample
+        ends.append(x)
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-4, atol=1e-4)
+    ours.set_timesteps(6)
+    with pytest.raises(FastdiffError, match="needs learned variance"):
+        ours.step(x, ours.timesteps[0], x)
+
+
 def test_twice_and_with_any_batch():
     pipe = pipelines.sd()
     pipe.scheduler = Seat.from_config(SD_CONFIG, solver="dpmpp-2m-sde")
@@ -290,7 +309,7 @@ def test_a_wrong_timestep_is_named():
         ({"solver": "unipc-9"}, "unknown solver"), ({"solver": "unipc-2", "eta": 1.0}, "unknown option eta"),
         ({"solver": "unipc-2", "grid": "karas"}, "unknown grid"),
         ({"solver": "ddim", "prediction_type": "noise"}, "prediction_type 'noise'"),
-        ({"solver": "DDPMScheduler", "variance_type": "learned_range"}, "has no equal here"),
+        ({"solver": "DDPMScheduler", "variance_type": "learned"}, "has no equal here"),
         ({"solver": "DPMSolverMultistepScheduler", "euler_at_final": True}, "has no equal here"),
         ({"solver": "unipc-2", "plan": fd.plan("ddim", fd.schedule.vp_linear(), 3)}, "give plan= alone"),
         ({"solver": "euler", "s_churn": 10.0, "grid": [800, 600, 400, 200, 50]}, "noise before its first call"),
