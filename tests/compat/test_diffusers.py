@@ -62,6 +62,8 @@ def test_a_class_name_is_that_class_at_more_steps(solver, spacing):
     changes = {"timestep_spacing": spacing} if "timestep_spacing" in dir(getattr(diffusers, solver)().config) else {}
     if spacing == "linspace" and solver in ("DDIMScheduler", "TCDScheduler", "PNDMScheduler"):
         pytest.skip("steps of t - 1000/n do not land on the class's own times")
+    if solver == "DDIMScheduler":
+        changes["clip_sample"] = False  # with it the class itself turns 1e-6 in these latents into 3e-3 in 20 steps
     theirs, ours = both(pipelines.sd, 20, SD_CONFIG, solver, changes)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=ALIKE)
 
