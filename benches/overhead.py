@@ -32,6 +32,7 @@ ROWS = 20
 METHODS = ("ddim", "dpmpp-2m", "dpmpp-3m", "unipc-2", "unipc-3", "lms-4", "heun")
 PREDICTIONS = ("eps", "v")
 BAR = 1.5  # fastdiff's loop against the hand-written one, two-step multistep
+SEAT_BAR = 25.0  # us a row that the scheduler seat may cost beyond fastdiff's loop
 HERE = Path(__file__).resolve().parent
 
 Loop = Callable[[], Tensor]
@@ -44,7 +45,7 @@ class Case:
 
     method: str
     prediction: str
-    who: str  # "sample" | "loop" (fastdiff with and without its checks) | "hand" | "diffusers"
+    who: str  # "sample" | "loop" (fastdiff with and without its checks) | "seat" (in diffusers' place) | "hand" | "diffusers"
     rows: int
     prepare: Callable[[], Loop]
 
@@ -80,7 +81,7 @@ def cases(method: str, prediction: str, peers: bool = True) -> list[Case]:
     mine = {"sample": sample, "loop": loop, "hand": hand}
     out = [Case(method, prediction, who, ROWS, lambda f=f: f) for who, f in mine.items()]
     if peers and missing() is None:
-        out.append(diffusers_case(method, prediction, network, noise))
+        out += [diffusers_case(method, prediction, network, noise), seat_case(method, prediction, network, noise)]
     return out
 
 
@@ -208,8 +209,9 @@ def tables(plan: Plan, prediction: str) -> list[Any]:
 
 
 def check(group: Iterable[Case]) -> None:
-    """The loops of a method do the same work: fastdiff's and the hand-written one give the same sample."""
-    results = {c.who: c.prepare()() for c in group if c.who != "diffusers"}
+    """The loops of a method do the same work: fastdiff's and the hand-written one give the same sample. (The seat and diffusers
+    run on the latter's own discrete levels; tests/compat compares those two.)"""
+    results = {c.who: c.prepare()() for c in group if c.who not in ("diffusers", "seat")}
     for who, x in results.items():
         torch.testing.assert_close(x, results["sample"], rtol=1e-4, atol=1e-4, msg=lambda m, who=who: f"{who}: {m}")
 
@@ -255,6 +257,29 @@ def diffusers_case(method: str, prediction: str, network: Network, noise: Tensor
         return loop
 
     return Case(method, prediction, "diffusers", rows, prepare)
+
+
+def seat_case(method: str, prediction: str, network: Network, noise: Tensor) -> Case:
+    """fastdiff's plan in the scheduler's place, driven as `diffusers_case` drives theirs."""
+    import diffusers
+
+    config = diffusers.DDIMScheduler(
+        beta_schedule="linear", clip_sample=False, prediction_type={"eps": "epsilon", "v": "v_prediction"}[prediction]
+    ).config
+    seat = fd.compat.DiffusersScheduler.from_config(config, solver=method)
+    steps = ROWS // 2 if method == "heun" else ROWS
+    seat.set_timesteps(steps)
+    rows = len(seat.timesteps)
+
+    @torch.inference_mode()
+    def loop() -> Tensor:
+        x = noise * seat.init_noise_sigma
+        for t in seat.timesteps:
+            f = network(seat.scale_model_input(x, t), t)
+            x = seat.step(f, t, x, return_dict=False)[0]
+        return x
+
+    return Case(method, prediction, "seat", rows, lambda: loop)
 
 
 def measure(group: list[Case], rounds: int) -> dict[str, list[float]]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from overhead import BAR, METHODS, PREDICTIONS, Case, cases, check, measure, missing, summary
+from overhead import BAR, METHODS, PREDICTIONS, SEAT_BAR, Case, cases, check, measure, missing, summary
 
-WHO = ("sample", "loop", "hand", "diffusers")
+WHO = ("sample", "loop", "hand", "seat", "diffusers")
 
 
 @pytest.fixture(autouse=True)
@@ -18,9 +18,10 @@ def one_thread():
 
 
 def case(method: str, prediction: str, who: str) -> Case:
-    if who == "diffusers" and (reason := missing()):
+    theirs = who in ("diffusers", "seat")
+    if theirs and (reason := missing()):
         pytest.skip(reason)
-    return next(c for c in cases(method, prediction, peers=who == "diffusers") if c.who == who)
+    return next(c for c in cases(method, prediction, peers=theirs) if c.who == who)
 
 
 @pytest.mark.parametrize("who", WHO)
@@ -45,3 +46,12 @@ def test_loops_agree(method, prediction):
 def test_two_step_multistep_within_the_bar(prediction):
     result = summary(measure(cases("dpmpp-2m", prediction, peers=False), rounds=200))
     assert result["loop"]["ratio"] <= BAR, result
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_seat_within_its_bar(method):
+    if reason := missing():
+        pytest.skip(reason)
+    result = summary(measure(cases(method, "eps"), rounds=100))
+    assert result["seat"]["us_per_row"] <= result["loop"]["us_per_row"] + SEAT_BAR, result
+    assert result["seat"]["us_per_row"] < result["diffusers"]["us_per_row"], result

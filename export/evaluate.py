@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import FastdiffError
-from ..guide import Guided
+from ..guide import Guided, Wrapped
 from .graph import FLOAT, Graph, Weight, scaled, total, value, weight_tensor, zeros
 from .network import BATCH, WEIGHTS, Condition, Traced, condition_values
 
@@ -48,9 +48,10 @@ def contrast_of(guided: Guided) -> Contrast:
         FastdiffError: guidance that is more than two conditions of one network and a scale.
     """
     same = guided.positive.network is guided.negative.network
-    if not same or isinstance(guided.positive, Guided) or isinstance(guided.negative, Guided):
+    nested = any(isinstance(d, Guided | Wrapped) for d in (guided.positive, guided.negative))
+    if guided.projection or type(guided) is not Guided or not same or nested:
         raise FastdiffError("an engine holds classifier-free guidance of one network with a scale, an interval and rescale: no "
-                            "second network, no guidance inside guidance")  # fmt: skip
+                            "apg or cfgpp, no second network, no guidance inside guidance")  # fmt: skip
     null = getattr(guided.network, "null_label", None)
     negatives: dict[str, int | None] = {}
     for name, value_ in guided.positive.cond.items():

@@ -18,7 +18,7 @@ from .. import files
 from ..adaptive import Control
 from ..denoiser import Denoiser
 from ..errors import FastdiffError
-from ..guide import Guided
+from ..guide import Guided, Wrapped
 from ..plans import Plan
 from . import manifest as manifests
 from .need import need
@@ -69,6 +69,8 @@ def write_onnx(folder: Path, denoiser: Denoiser, plan: Method, wish: Wish) -> tu
     from .evaluate import contrast_of
     from .network import Form, network_model, trace, with_decoder
 
+    if isinstance(denoiser, Wrapped):
+        raise FastdiffError("an engine holds classifier-free guidance alone: no limits, gradients or composed conditions")
     form = Form(wish.precision, wish.target or "onnxruntime", wish.opset, wish.multiple)
     contrast = contrast_of(denoiser) if isinstance(denoiser, Guided) else None
     plain = denoiser.positive if isinstance(denoiser, Guided) else denoiser

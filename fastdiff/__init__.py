@@ -5,9 +5,10 @@
     x = fd.sample(den, plan, seeds=range(16))
 """
 
-from . import errors, grid, guide, noise, schedule
+from . import compat, errors, grid, guide, noise, schedule
 from .adaptive import sample_adaptive
 from .checkpoints import load
+from .compat.accelerated import accelerate
 from .denoiser import Denoiser
 from .plans import Plan, Row, Weights
 from .sampling import sample
@@ -15,6 +16,6 @@ from .solvers import list_solvers, plan
 
 __version__ = "0.1.0"
 __all__ = [
-    "Denoiser", "Plan", "Row", "Weights", "errors", "grid", "guide", "list_solvers", "load", "noise", "plan", "sample",
-    "sample_adaptive", "schedule",
+    "Denoiser", "Plan", "Row", "Weights", "accelerate", "compat", "errors", "grid", "guide", "list_solvers", "load", "noise",
+    "plan", "sample", "sample_adaptive", "schedule",
 ]  # fmt: skip

@@ -181,11 +181,4 @@ def subset(denoiser: Denoiser, index: Tensor, batch: int) -> Denoiser:
     """The denoiser of some samples of a batch: bound tensors of the batch's length are cut to them."""
     if len(index) == batch:
         return denoiser
-    positive, negative = getattr(denoiser, "positive", None), getattr(denoiser, "negative", None)
-    if positive is not None and negative is not None:
-        cut = denoiser.bind()
-        cut.positive, cut.negative = subset(positive, index, batch), subset(negative, index, batch)  # type: ignore[attr-defined]
-        return cut
-    cond = {k: v[index] for k, v in denoiser.cond.items() if isinstance(v, Tensor) and v.ndim and len(v) == batch}
-    return denoiser.bind(**cond) if cond else denoiser
-
+    return denoiser.subset(index, batch)

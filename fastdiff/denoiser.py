@@ -94,6 +94,15 @@ class Denoiser:
         bound.cond = {**self.cond, **cond}
         return bound
 
+    def calls_at(self, t: float) -> int:
+        """Network calls of an evaluation at time t."""
+        return self.calls
+
+    def subset(self, index: Tensor, batch: int) -> Denoiser:
+        """The denoiser of some samples of a batch: bound tensors of the batch's length are cut to them."""
+        cond = {k: v[index] for k, v in self.cond.items() if isinstance(v, Tensor) and v.ndim and len(v) == batch}
+        return self.bind(**cond) if cond else self
+
     def __call__(self, x: Tensor, t: float | Tensor) -> Tensor:
         """The denoised prediction for the noisy sample x (B, ...) at time t, a float or a (B,) tensor; x's shape and dtype."""
         if isinstance(t, Tensor):

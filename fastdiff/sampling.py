@@ -12,10 +12,11 @@ from torch import Tensor
 from .brownian import shared_path
 from .errors import FastdiffError, NonFiniteError
 from .noise import NoiseSource, check_seeds, from_seeds
-from .plans import Plan
+from .plans import Plan, Step
 
 DenoiserLike = Callable[[Tensor, Any], Tensor]
 Callback = Callable[[int, Tensor], None]
+Predicted = tuple[Tensor | None, Tensor | None]  # the denoised prediction, and the variance output where a row asks for it
 
 
 @torch.no_grad()
@@ -120,25 +121,35 @@ def run(
                 registers[plan.first_noise] = z
     y = registers[0] = x
     for i, step in enumerate(plan.program):
-        d, v = None, None
-        if step.var is not None:
-            d, v = denoiser.with_variance(y, step.t)  # type: ignore[attr-defined]
-        elif step.call:
-            d = denoiser(y, step.t)
-        for register, p, q in step.stores:
-            registers[register] = d if p == 0.0 and q == 1.0 else _pair(y, p, d, q)
-        del d  # what no later row reads is gone before the next call
-        if step.draw is not None:
-            registers[step.draw] = draw() if v is None or step.var is None else _scaled(draw(), v, *step.var)
-        y = _sum(registers, step.next)
-        if step.base is None:
-            registers[0] = y
-        elif step.base:
-            registers[0] = _sum(registers, step.base)
-        for r in step.free:
-            del registers[r]
+        y = advance(registers, step, y, _predict(denoiser, y, step), draw)
         if callback is not None:
             callback(i, y)
+    return y
+
+
+def _predict(denoiser: DenoiserLike, y: Tensor, step: Step) -> Predicted:
+    """What a row's call of the denoiser gives."""
+    if step.var is not None:
+        return denoiser.with_variance(y, step.t)  # type: ignore[attr-defined]
+    return denoiser(y, step.t) if step.call else None, None
+
+
+def advance(registers: dict[int, Any], step: Step, y: Tensor, predicted: Predicted, draw: Callable[[], Tensor]) -> Tensor:
+    """One row of a program: from the point y and what was predicted there to the next point."""
+    d, v = predicted
+    del predicted
+    for register, p, q in step.stores:
+        registers[register] = d if p == 0.0 and q == 1.0 else _pair(y, p, d, q)
+    del d  # what no later row reads is gone before the next call
+    if step.draw is not None:
+        registers[step.draw] = draw() if v is None or step.var is None else _scaled(draw(), v, *step.var)
+    y = _sum(registers, step.next)
+    if step.base is None:
+        registers[0] = y
+    elif step.base:
+        registers[0] = _sum(registers, step.base)
+    for r in step.free:
+        del registers[r]
     return y
 
 

@@ -134,12 +134,11 @@ def chosen_plan(
 
 
 def _fixed(plan: Plan) -> Method:
-    from ..guide import Guided
     from ..sampling import sample as run_plan
 
     def run(denoiser: Denoiser, seeds: list[int]) -> tuple[Tensor, list[int]]:
         times = [row.t for row in plan.rows if row.calls]
-        calls = sum(denoiser.calls_at(t) if isinstance(denoiser, Guided) else denoiser.calls for t in times)
+        calls = sum(denoiser.calls_at(t) for t in times)
         return run_plan(denoiser, plan, seeds=seeds), [calls] * len(seeds)
 
     return Method(f"{plan.provenance.get('auto', plan.name)}, {plan.nfe} evaluations", run)

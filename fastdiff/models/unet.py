@@ -152,6 +152,7 @@ class AttentionBlock(nn.Module):
         self.norm = Norm(channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = zero_(nn.Conv1d(channels, channels, 1))
+        self.identity_map = False  # every position keeps its own value: what perturbed-attention guidance leads away from
 
     def forward(self, x: Tensor) -> Tensor:
         b, c, *spatial = x.shape
@@ -162,8 +163,9 @@ class AttentionBlock(nn.Module):
             q, k, v = qkv.view(b, 3, self.heads, c // self.heads, length).unbind(1)
         else:
             q, k, v = qkv.view(b, self.heads, 3, c // self.heads, length).unbind(2)
-        h = ops.attention(q.transpose(-1, -2), k.transpose(-1, -2), v.transpose(-1, -2))
-        h = h.transpose(-1, -2).reshape(b, c, length)
+        if not self.identity_map:
+            v = ops.attention(q.transpose(-1, -2), k.transpose(-1, -2), v.transpose(-1, -2)).transpose(-1, -2)
+        h = v.reshape(b, c, length)
         return (flat + self.proj_out(h)).view(b, c, *spatial)
 
 

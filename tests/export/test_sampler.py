@@ -142,5 +142,9 @@ def test_what_an_engine_cannot_hold_is_refused(tiny_traced, tiny_denoiser):
     with pytest.raises(FastdiffError, match="no guidance inside guidance"):
         inner = fd.guide.cfg(den, 2.0)
         contrast_of(Guided(inner, inner.negative, 2.0, (0.0, float("inf")), 0.0))
+    plus = fd.guide.cfgpp(den, 0.5, fd.plan("ddim", den, 4))
+    for guided in (fd.guide.apg(den, 2.0), plus, fd.guide.cfg(fd.guide.clip(den), 2.0)):
+        with pytest.raises(FastdiffError, match="apg or cfgpp"):
+            contrast_of(guided)
     with pytest.raises(FastdiffError, match="same names and different values"):
         contrast_of(fd.guide.cfg(tiny_denoiser, 2.0, negative={"class_labels": LABELS}))

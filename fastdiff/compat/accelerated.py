@@ -1,0 +1,87 @@
+"""`fd.accelerate`: a diffusers pipeline with a fast solver in its scheduler's seat, and a report that can undo it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import FastdiffError
+from ..plans import Plan
+from ..solvers.registry import FEW, FEW_CALLS, MANY_CALLS
+from .need import need_diffusers
+
+NETWORKS = ("unet", "transformer", "prior")  # what the network of a diffusion pipeline is called
+
+
+@dataclass
+class Report:
+    """What `accelerate` did to `pipe`. `steps` is the num_inference_steps to call it with."""
+
+    pipe: Any
+    before: Any
+    steps: int
+    lines: tuple[str, ...]
+
+    def undo(self) -> None:
+        """Puts the pipeline's own scheduler back, the very object."""
+        self.pipe.scheduler = self.before
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines)
+
+
+def accelerate(
+    pipe: Any, nfe: int = 8, *, solver: str | None = None, grid: str | None = None, plan: Plan | None = None, quiet: bool = False
+) -> Report:  # fmt: skip
+    """Puts a solver for `nfe` network evaluations into a diffusers pipeline's scheduler seat, and prints what it did.
+
+    Args:
+        pipe: a pipeline with a scheduler and a denoising network.
+        nfe: evaluations of an image; one with classifier-free guidance is one, though it holds two samples.
+        solver, grid: instead of the choice made here: up to 10 calls iPNDM-3 on a beta grid, else UniPC-2 uniform in time
+            (benches/results/full, on the shipped pixel model); karras where the model's time is sigma; for a flow model UniPC-2
+            on the pipeline's own shifted times.
+        plan: a table tuned for this pipeline's network, instead.
+        quiet: prints nothing.
+
+    Raises:
+        FastdiffError: no diffusion pipeline, a scheduler that tells no schedule, a plan for another schedule or budget.
+    """
+    need_diffusers()
+    from .diffusers_scheduler import DiffusersScheduler
+
+    before = getattr(pipe, "scheduler", None)
+    network = next((n for n in NETWORKS if getattr(pipe, n, None) is not None), None)
+    if before is None or network is None or not hasattr(before, "config"):
+        name = type(pipe).__name__
+        raise FastdiffError(f"{name} is no diffusion pipeline: it needs a scheduler and one of {', '.join(NETWORKS)}")
+    if not isinstance(nfe, int) or isinstance(nfe, bool) or nfe < 1:
+        raise FastdiffError(f"nfe must be a whole number of at least 1; given {nfe!r}")
+    if plan is not None:
+        seat = DiffusersScheduler.from_config(before.config, plan=plan)
+        nfe, chosen = plan.nfe, f"plan {plan.name}"
+    else:
+        kind = DiffusersScheduler.from_config(before.config, solver="ddim").seat.schedule(0.0).name
+        solver, grid = _choice(kind, nfe, solver, grid)
+        seat = DiffusersScheduler.from_config(before.config, solver=solver, grid=grid)
+        chosen = f"solver {solver}, {f'grid {grid}' if grid else 'on the times that the pipeline or the solver asks for'}"
+    seat.set_timesteps(nfe, mu=0.0 if before.config.get("use_dynamic_shifting") else None)  # whether it can be made at all
+    if (calls := len(seat.timesteps)) != nfe:
+        raise FastdiffError(f"{solver} takes {calls} calls in {nfe} steps: give a solver of one call a step")
+    pipe.scheduler = seat
+    report = Report(pipe, before, nfe, (
+        f"scheduler: {type(before).__name__} -> {chosen}",
+        f"network: {network}, predicts {seat.seat.prediction}",
+        f"call the pipeline with num_inference_steps={nfe}: {nfe} evaluations an image; undo() restores",
+    ))  # fmt: skip
+    if not quiet:
+        print(report)
+    return report
+
+
+def _choice(kind: str, nfe: int, solver: str | None, grid: str | None) -> tuple[str, str | None]:
+    """Solver and grid for a schedule's family and a budget, where they are not given."""
+    if solver is not None or kind == "flow":
+        return solver or MANY_CALLS, grid
+    own = FEW_CALLS if nfe <= FEW else MANY_CALLS
+    return own, grid or ("karras" if kind == "edm" else "beta" if own == FEW_CALLS else "uniform_t")
