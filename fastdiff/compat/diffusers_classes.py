@@ -193,7 +193,10 @@ def levels(peer: Any, config: Config, schedule: NoiseSchedule) -> tuple[Grid, fl
 
 
 def _by_table(peer: Any, name: str, times: np.ndarray, schedule: NoiseSchedule) -> Grid:
-    """Classes that read their levels off the table of alphas by whole times."""
+    """Classes that read their levels off the table of alphas by whole times.
+
+    DDIM and PNDM step to t - T/n; with linspace spacing that is not the next of their times, here it is.
+    """
     if name == "PNDMScheduler":  # its list repeats times that its own start asks for again
         if not peer.config.skip_prk_steps:  # three steps of four calls each begin it
             times = np.array([*times[0:12:4], *times[12:]])
