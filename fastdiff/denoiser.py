@@ -60,6 +60,8 @@ class Denoiser:
         self.plan: Plan | None = None  # the plan that a student or a tuned checkpoint ships with
         self.tuned: tuple[Plan, ...] = ()  # plans tuned for it, one a budget and guidance: see `tuned_plan`
         self.info: dict[str, Any] = {}  # the checkpoint's own metadata
+        self.decoder: Callable[[Tensor], Tensor] | None = None  # samples -> images in data_range, where samples are latents
+        self.encode: Callable[[Sequence[str]], dict[str, Any]] | None = None  # prompts -> the conditions to bind
         self._levels: dict[float, tuple[Coefficients, float]] = {}
 
     @property
@@ -180,15 +182,18 @@ class Denoiser:
         return next((p.device for p in parameters), torch.device("cpu"))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Denoiser:
-        """Moves and casts the network, in place as `nn.Module.to`; returns this denoiser."""
-        if isinstance(self.network, torch.nn.Module):
-            self.network.to(device=device, dtype=dtype)
-            self.__dict__.pop("_dtype", None)
+        """Moves and casts network and decoder, in place as `nn.Module.to`; returns this denoiser."""
+        for part in (self.network, self.decoder):
+            if isinstance(part, torch.nn.Module):
+                part.to(device=device, dtype=dtype)
+        self.__dict__.pop("_dtype", None)
         return self
 
     def images(self, x: Tensor) -> Tensor:
-        """Samples in the data's own range -> images in [0, 1], float32, clipped."""
+        """Samples, decoded where they are latents, from the data's own range to images in [0, 1], float32, clipped."""
         low, high = self.data_range
+        if self.decoder is not None:
+            x = self.decoder(x)
         return ((x.float() - low) / (high - low)).clamp(0, 1)
 
 

@@ -13,6 +13,9 @@ from torch import Tensor
 from ..denoiser import Denoiser
 from ..errors import CheckpointError
 from ..schedule import from_config
+from .options import Options
+
+ENGINE = "manifest.json"  # what makes a folder an exported engine
 
 
 class _Session:
@@ -42,7 +45,12 @@ class EngineDenoiser(Denoiser):
         return torch.from_numpy(self.session.run(["x0"], feed)[0]).to(x)
 
 
-def load(folder: str | Path) -> EngineDenoiser:
+def recognise(path: Path) -> bool:
+    """Whether a folder holds an exported engine."""
+    return (path / ENGINE).is_file()
+
+
+def load(folder: Path, options: Options) -> EngineDenoiser:
     """The denoiser of an engine's folder, every file's hash checked. Its `hash` is that of the checkpoint it was made from, so
     plans tuned for one serve the other.
 
