@@ -69,6 +69,17 @@ class Denoiser:
         """The scale of classifier-free guidance; 1 = none; None where more than a scale describes it."""
         return 1.0
 
+    @property
+    def num_classes(self) -> int:
+        """Classes that can be asked for, the null class not counted; 0 for a network without class labels."""
+        rows = getattr(getattr(self.network, "config", None), "num_classes", None) or 0
+        return rows - 1 if getattr(self.network, "null_label", None) is not None else rows
+
+    @property
+    def unprompted(self) -> dict[str, Any] | None:
+        """The conditions of the empty prompt, which guidance contrasts with; None where the checkpoint has no text encoders."""
+        return None if self.encode is None else self.encode([""])
+
     def tuned_plan(self, nfe: int) -> Plan | None:
         """The plan that was tuned for this checkpoint, this guidance and `nfe` evaluations, where there is one."""
         return next((p for p in self.tuned if p.nfe == nfe and self.why_not(p) is None), None)

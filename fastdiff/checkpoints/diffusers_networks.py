@@ -73,7 +73,7 @@ class Decoder(nn.Module):
 
     def __init__(self, autoencoder: Any) -> None:
         super().__init__()
-        self.autoencoder = autoencoder
+        self.autoencoder, self.name = autoencoder, type(autoencoder).__name__
         config = autoencoder.config
         mean, std = config.get("latents_mean"), config.get("latents_std")
         self.factor = 2 ** (len(config["block_out_channels"]) - 1)  # pixels a latent, on each side

@@ -105,8 +105,8 @@ def _reader(config: Mapping[str, Any], where: Path) -> Callable[..., Any]:
         value = config.get(name, *default)
         if value is None and default:
             return default[0]
-        wrong_number = kind in (int, float) and (isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value)))
-        if wrong_number or not isinstance(value, int | float if kind is float else kind):
+        wrong = kind is not bool and (isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value)))
+        if wrong or not isinstance(value, int | float if kind is float else kind):
             raise CheckpointError(f"{where}: {name} must be a {kind.__name__}; given {str(value)[:60]!r}")
         return value
 

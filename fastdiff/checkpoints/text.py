@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,16 +30,14 @@ def encoder(folder: Path, index: dict[str, Any], denoiser: Denoiser) -> Callable
     name = str(index.get("_class_name"))
     if name not in PIPELINES or not any(key.startswith("text_encoder") and entry[0] for key, entry in index.items()):
         return None
-    loaded: list[Any] = []
+    pipeline = functools.cache(lambda: _pipeline(folder, name, index))
 
+    @functools.lru_cache(maxsize=8)  # a command asks for the same prompt batch after batch
     @torch.no_grad()
-    def encode(prompts: Sequence[str]) -> Conditions:
-        if not loaded:
-            loaded.append(_pipeline(folder, name, index))
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        return PIPELINES[name](loaded[0], prompts, denoiser)
+    def encoded(prompts: tuple[str, ...]) -> Conditions:
+        return PIPELINES[name](pipeline(), list(prompts), denoiser)
 
-    return encode
+    return lambda prompts: encoded((prompts,) if isinstance(prompts, str) else tuple(prompts))
 
 
 def _pipeline(folder: Path, name: str, index: dict[str, Any]) -> Any:
