@@ -13,14 +13,15 @@ from ..denoiser import Denoiser
 from ..errors import CheckpointError
 from ..plans import Plan
 from ..shipped import HASHES, SHIPPED, shipped_path
-from . import diffusers, native, onnx
+from . import adm, diffusers, ldm, native, onnx
+from .adm import load_classifier
 from .options import Options
 from .weights import CONVERT, Weights, listed, read
 
 PLANS = "plans"  # folder beside a checkpoint
 SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 
-__all__ = ["SHIPPED", "load", "shipped_path"]
+__all__ = ["SHIPPED", "load", "load_classifier", "shipped_path"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,11 @@ FOLDERS = (
     FolderFormat("an exported engine", onnx.recognise, onnx.load),
     FolderFormat("a diffusers folder", diffusers.recognise, diffusers.load),
 )
-FILES = (FileFormat("fastdiff's own", native.recognise, native.from_weights),)
+FILES = (
+    FileFormat("fastdiff's own", native.recognise, native.from_weights),
+    FileFormat("Stable Diffusion in one file", ldm.recognise, ldm.from_weights),
+    FileFormat("guided-diffusion", adm.recognise, adm.from_weights),
+)
 
 
 def load(
@@ -58,7 +63,8 @@ def load(
     """The denoiser of a checkpoint: a file, a folder, or a shipped model by its name.
 
     Read are fastdiff's own .safetensors and runs, exported engines, diffusers pipelines and models, and the files of other
-    trainers that the README lists. Weights are memory-mapped; no code of a file is run.
+    trainers that the README lists. No code of a file is run. Weights are memory-mapped: replace a loaded file by another
+    (rename, as fastdiff itself does), never write into it.
 
     Args:
         shape: (C, H, W) of one sample, where the checkpoint does not say it or another is wanted.

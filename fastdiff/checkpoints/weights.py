@@ -83,6 +83,8 @@ def read(path: Path) -> Weights:
     if path.name.endswith(".index.json"):
         return _read_shards(path)
     tensors, metadata = _read_safetensors(path) if path.suffix == ".safetensors" else (_read_torch(path), {})
+    if len(tensors) > MOST_TENSORS:
+        raise CheckpointError(f"{path} holds {len(tensors):,} tensors; at most {MOST_TENSORS:,} are read")
     for name, t in tensors.items():
         _check_tensor(path, name, t)
     return Weights(tensors, (path,), metadata)
@@ -119,7 +121,10 @@ def _check_container(path: Path) -> bool:
         size = path.stat().st_size
         with open(path, "rb") as f:
             start = f.read(4)
-        entries = zipfile.ZipFile(path).infolist() if start == ZIP else []
+        entries = []
+        if start == ZIP:
+            with zipfile.ZipFile(path) as z:
+                entries = z.infolist()
     except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError, EOFError, struct.error) as e:
         raise CheckpointError(f"{path} is not a readable torch file (truncated or damaged?): {str(e)[:200]}") from e
     if start[:2] == BEFORE_ZIP:
