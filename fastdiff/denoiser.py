@@ -49,6 +49,8 @@ class Denoiser:
         check_prediction(prediction)
         if not data_range[0] < data_range[1]:
             raise FastdiffError(f"data_range must be (lowest, highest); given {data_range}")
+        if shape is not None and not all(isinstance(side, int) and side > 0 for side in shape):
+            raise FastdiffError(f"shape must hold positive whole numbers, one sample's without the batch; given {tuple(shape)}")
         self.network = network
         self.schedule = schedule
         self.prediction = prediction

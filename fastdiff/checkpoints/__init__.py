@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..denoiser import Denoiser
-from ..errors import CheckpointError
+from ..errors import CheckpointError, FastdiffError
 from ..plans import Plan
 from ..shipped import HASHES, SHIPPED, shipped_path
 from . import adm, diffusers, ldm, native, onnx
@@ -79,6 +79,13 @@ def load(
     if str(path) in SHIPPED:
         return _with_plans(native.load(shipped_path(str(path))), SHIPPED[str(path)])
     path = Path(path)
+    try:
+        return _load_path(path, options)
+    except FastdiffError as e:
+        raise e if path.name in str(e) else CheckpointError(f"{path}: {e}") from e
+
+
+def _load_path(path: Path, options: Options) -> Denoiser:
     for layout in FOLDERS:
         if layout.recognise(path):
             return _with_plans(layout.load(path, options), path)

@@ -136,6 +136,9 @@ def _typed(name: str, value: Any, default: Any, path: Path) -> Any:
 
 def _unet(flags: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> UNetConfig:
     size = flags["image_size"]
+    first = tensors["input_blocks.0.0.weight"]
+    if first.ndim != 4:
+        raise CheckpointError(f"{path}: its first convolution has shape {tuple(first.shape)}; only models of images are read")
     levels = _numbers(flags["channel_mult"], path) or LEVELS.get(size)
     sides = _numbers(flags["attention_resolutions"], path)
     if levels is None or any(not side or size % side for side in sides):
@@ -145,7 +148,7 @@ def _unet(flags: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -
     out = tensors["out.2.bias"].shape[0] // (2 if flags["learn_sigma"] else 1) if "out.2.bias" in tensors else CLASSES
     heads = flags["num_head_channels"]
     return UNetConfig(
-        in_channels=tensors["input_blocks.0.0.weight"].shape[1], out_channels=out, model_channels=flags["num_channels"],
+        in_channels=first.shape[1], out_channels=out, model_channels=flags["num_channels"],
         channel_mult=tuple(levels), num_res_blocks=flags["num_res_blocks"], attention=tuple(size // int(s) for s in sides),
         head_channels=heads if heads > 0 else 64, num_heads=None if heads > 0 else flags["num_heads"],
         num_classes=tensors["label_emb.weight"].shape[0] if flags["class_cond"] and "label_emb.weight" in tensors else None,

@@ -46,7 +46,7 @@ def build(
 
 def _made(make: Callable[[], nn.Module], count: int, where: Where) -> nn.Module:
     try:
-        with _at_most(10 * count + 1000):  # a module each and its containers: 5 registrations a tensor in Stable Diffusion
+        with _at_most(10 * count + 1000, where):  # a module each and its containers: 5 registrations a tensor in Stable Diffusion
             return make()
     except FastdiffError:
         raise
@@ -56,7 +56,7 @@ def _made(make: Callable[[], nn.Module], count: int, where: Where) -> nn.Module:
 
 
 @contextmanager
-def _at_most(count: int) -> Iterator[None]:
+def _at_most(count: int, where: Where) -> Iterator[None]:
     """Ends a construction that registers more parts than the weights could ever fill, before it takes minutes."""
     left = count
 
@@ -64,7 +64,7 @@ def _at_most(count: int) -> Iterator[None]:
         nonlocal left
         left -= 1
         if left < 0:
-            raise CheckpointError(f"the description has far more parts than the checkpoint has tensors (over {count:,})")
+            raise CheckpointError(f"{where}: its description has over {count:,} parts, far more than the file has tensors")
 
     hooks = (
         torch_module.register_module_parameter_registration_hook(counted),

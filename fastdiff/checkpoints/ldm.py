@@ -89,7 +89,7 @@ def unet_config(tensors: Mapping[str, Tensor], said: Mapping[str, Any], path: Pa
         channels = [level[-1][0] for level in levels]
         counts = {len(level) for level in levels}
         into, out = tensors["input_blocks.0.0.weight"].shape[1], tensors["out.2.weight"].shape[0]
-    except (KeyError, StopIteration, IndexError) as e:
+    except (KeyError, StopIteration, IndexError, ValueError) as e:
         raise CheckpointError(f"{path} is no text-conditioned U-Net of Latent Diffusion ({type(e).__name__} {e})") from e
     if len(counts) > 1 or into != out:
         raise CheckpointError(f"{path}: a U-Net from {into} to {out} channels with {counts} blocks a level is not read here")
@@ -173,7 +173,7 @@ def vae_config(tensors: Mapping[str, Tensor], scaling: float, path: Path) -> dic
         levels = range(1 + max(level for level, _ in found))
         channels = [tensors[f"encoder.down.{level}.block.0.conv2.weight"].shape[0] for level in levels]
         into, latent = tensors["encoder.conv_in.weight"].shape[1], tensors["decoder.conv_in.weight"].shape[1]
-    except (KeyError, ValueError) as e:
+    except (KeyError, ValueError, IndexError) as e:
         raise CheckpointError(f"{path}: its first_stage_model is no KL autoencoder that is read here ({e})") from e
     return {
         "in_channels": into, "out_channels": into, "latent_channels": latent, "block_out_channels": channels,

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from ..denoiser import Denoiser
-from ..errors import CheckpointError
+from ..errors import CheckpointError, FastdiffError
 from ..files import atomic
 from ..models import UNet, UNetConfig
 from ..plans import Plan
@@ -80,10 +80,10 @@ def assemble(network: torch.nn.Module, schedule: Any, description: dict[str, Any
     """The denoiser around a network, as a description says."""
     scale = description.get("time_scale")
     if not (scale is None or isinstance(scale, int | float)):
-        raise CheckpointError(f"time_scale must be a number or null; given {scale!r}")
+        raise FastdiffError(f"time_scale must be a number or null; given {scale!r}")
     config = getattr(network, "config", None)
     if config is not None and config.in_channels != description["shape"][0]:
-        raise CheckpointError(f"shape {description['shape']} has not the network's {config.in_channels} channels")
+        raise FastdiffError(f"shape {description['shape']} has not the network's {config.in_channels} channels")
     denoiser = Denoiser(
         network,
         schedule,
