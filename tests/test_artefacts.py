@@ -15,6 +15,7 @@ from fastdiff.metrics import load_judge
 from fastdiff.shipped import FASHION_MNIST, read_verified
 
 ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
 RECORDS = ROOT / "benches" / "results"
 
 
@@ -49,9 +50,10 @@ def test_benchmark_records_belong_to_the_shipped_checkpoint(path, den):
     assert record["checkpoint"]["sha256"] == den.hash
     assert record["setup"]["scorer"] == "judge:fashion-mnist"
     smallest = min(row["rmse"] for row in record["cells"] if "rmse" in row)
-    # 2,048 converged endpoints cost an hour: those of the tuned record are 80 steps, and what they are off makes the smaller
-    # errors, the tuned plans' own, look larger
-    assert record["converged"]["movement"] <= (0.2 if path.parent.name == "tuned" else 0.1) * smallest
+    movement, ok = record["converged"]["movement"], record["converged"]["ok"]
+    assert ok == (movement <= 0.1 * smallest)
+    # 2,048 endpoints converged to the end cost an hour: those of the tuned record are 80 steps, and the README says so
+    assert ok or (path.parent.name == "tuned" and f"errors below {10 * movement:.3f} as upper bounds" in README)
     assert {row["n"] for row in (record["anchor"], record["converged"], *record["cells"])} == {record["setup"]["n"]}
 
 
@@ -97,8 +99,7 @@ def test_the_shipped_model_makes_what_it_is_asked_for(den):
 
 def test_figures_in_the_readme_are_in_the_records():
     """The README's block is what `make artefacts` writes from the records, to the letter."""
-    readme = (ROOT / "README.md").read_text()
-    assert readme.split(figures.START)[1].split(figures.END)[0] == figures.text(RECORDS)
+    assert README.split(figures.START)[1].split(figures.END)[0] == figures.text(RECORDS)
 
 
 def test_tuned_plans_belong_to_the_shipped_checkpoint_and_keep_their_bars(den):

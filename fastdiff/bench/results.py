@@ -56,6 +56,7 @@ def collect(bench: Bench) -> dict[str, Any]:
         "setup": {
             "n": bench.setup.n, "first_seed": bench.setup.first_seed, "guidance": bench.setup.guidance,
             "scorer": bench.scorer.name if bench.scorer else None,
+            **({"compiled": True} if bench.sampled is not bench.denoiser else {}),
         },
         "anchor": bench.scorer.anchor(bench.setup.n) if bench.scorer else None,
         "converged": bench.converged,

@@ -34,6 +34,7 @@ def bench(
     batch: Annotated[int, typer.Option(min=1)] = 128,
     inception: Annotated[Path | None, typer.Option(help="FID's Inception weights (pt_inception-2015-12-05), with --data")] = None,
     data: Annotated[Path | None, typer.Option(help="real images for --inception: .npz or a folder")] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="run the network through torch.compile")] = False,
     out: Annotated[Path, typer.Option(help="folder for results, pictures and report.html")] = Path("out/bench"),
     resume: Annotated[bool, typer.Option(help="go on in a folder that holds results; finished cells are not run again")] = False,
 ) -> None:
@@ -67,11 +68,11 @@ def bench(
     setup = Setup(n or (128 if preset == "quick" else 256), first_seed, guidance, batch)
     if not (solvers or grids):
         chosen += tuned_cells(denoiser, setup)
-    measured = measure(denoiser, chosen, setup, out, scorer)
+    measured = measure(denoiser, chosen, setup, out, scorer, compile=compile)
     if preset == "full" and not n:
         console.print(f"\nthe best {BEST} of each NFE again, with 2,048 images")
         again = Setup(2048, first_seed, guidance, batch)
-        measure(denoiser, best(measured, chosen), again, out / "n2048", scorer)
+        measure(denoiser, best(measured, chosen), again, out / "n2048", scorer, compile=compile)
 
 
 def best(measured: Bench, chosen: list[Cell]) -> list[Cell]:
@@ -100,14 +101,15 @@ def demo(
 
 
 def measure(
-    denoiser: Denoiser, cells: list[Cell], setup: Setup, out: Path, scorer: Scorer | None, paired_n: int = 0
-) -> Bench:
+    denoiser: Denoiser, cells: list[Cell], setup: Setup, out: Path, scorer: Scorer | None, paired_n: int = 0,
+    compile: bool = False,
+) -> Bench:  # fmt: skip
     """Runs the cells with a progress bar and writes everything; what is finished when interrupted is kept."""
     from ..bench import Bench, pictures, report, results
     from ..bench.runner import PAIRED
     from ..bench.tables import table
 
-    run = Bench(denoiser, setup, out, scorer, paired_n or PAIRED)
+    run = Bench(denoiser, setup, out, scorer, paired_n or PAIRED, compile)
     total = run.cost(cells)
     with progress_bar() as bar:
         task = bar.add_task("benchmark", total=total)

@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from .. import files
+from ..bench.converged import FRACTION
+from . import budgets, solver_table
 
 START, END = "<!-- figures -->\n", "<!-- end of figures -->"
+GUIDE = ("<!-- guide -->\n", "<!-- end of guide -->")
+SOLVERS = ("<!-- solvers -->\n", "<!-- end of solvers -->")
 LINES = ("ddim · uniform_t", "dpmpp-2m · uniform_lambda", "unipc-2 · uniform_t", "ipndm-3 · beta", "tuned")
 BUDGETS = (5, 8, 10, 20)
 
@@ -21,11 +25,19 @@ def text(records: Path) -> str:
     return "\n\n".join([_solvers(full), _tuned(tuned), _model(quality)]) + "\n"
 
 
+def guide(records: Path) -> str:
+    """The block on budgets: from the full preset's record and from the analytic one."""
+    full, exact = (json.loads((records / name).read_text()) for name in ("full/results.json", "analytic.json"))
+    return "\n\n".join([budgets.shipped(full), budgets.analytic(exact)]) + "\n"
+
+
 def write(readme: Path, records: Path) -> None:
-    """Replaces the block in the README."""
-    before, rest = readme.read_text().split(START)
-    after = rest.split(END)[1]
-    files.write_text(readme, before + START + text(records) + END + after)
+    """Replaces the generated blocks of the README."""
+    whole = readme.read_text()
+    for (start, end), block in (((START, END), text(records)), (GUIDE, guide(records)), (SOLVERS, solver_table.markdown())):
+        before, rest = whole.split(start)
+        whole = before + start + block + end + rest.split(end)[1]
+    files.write_text(readme, whole)
 
 
 def _solvers(record: dict[str, Any]) -> str:
@@ -50,13 +62,20 @@ def _tuned(record: dict[str, Any]) -> str:
     ]
     candidates = [b["search"]["candidates"] for b in record["tuning"]["budgets"]]
     head = (
-        f"Learned plans against the best hand-made ones, found by searching the whole registry ({min(candidates)} to "
-        f"{max(candidates)} solver and grid\npairs) on 256 seeds; figures on {record['setup']['n']:,} seeds that neither saw "
-        f"([record](benches/results/tuned/results.json)), against\nendpoints within {record['converged']['movement']:.4f} of the "
-        "converged ODE's. Excess: FD-clf beyond the converged ODE's; negative where a plan flatters the model."
+        f"Learned plans against the best hand-made ones, found by searching {min(candidates)} to {max(candidates)} solver and "
+        f"grid pairs on\n256 seeds; figures on {record['setup']['n']:,} seeds that neither saw "
+        f"([record](benches/results/tuned/results.json)). {_reference(record['converged'])}\n"
+        "Excess: FD-clf beyond the converged ODE's; negative where a plan flatters the model."
     )
     columns = "| calls | best hand-made | its RMSE | tuned | ratio | its excess | tuned | tuning took |"
     return "\n".join([head, "", columns, "|---" * 8 + "|", *rows])
+
+
+def _reference(converged: dict[str, Any]) -> str:
+    """How good the endpoints are that errors are measured from."""
+    movement = float(converged["movement"])
+    text = f"The reference lies\n{movement:.4f} from the converged ODE"
+    return text + ("." if converged["ok"] else f": read errors below {movement / FRACTION:.3f} as upper bounds.")
 
 
 def _model(record: dict[str, Any]) -> str:

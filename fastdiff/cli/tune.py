@@ -14,6 +14,7 @@ from .console import CHECKPOINT_HELP, console, progress_bar, say
 if TYPE_CHECKING:
     from ..denoiser import Denoiser
     from ..plans import Plan
+    from ..schedule import NoiseSchedule
     from ..tuning import NodeSearch, Pairs, Table, Tuner
 
 VALIDATION_SEED, TRAIN_SEED = 1_000_000, 2_000_000  # far from the seeds that people look at and benchmark
@@ -62,11 +63,11 @@ def tune(
     if search:
         ranking(denoiser, nfe, _pairs(denoiser, validates, cache), out)
         return
-    starts = _starts(denoiser, start, grid, nfe, freedom, scales[0], force)
+    tables = _tables(denoiser, start, grid, nfe, freedom, scales[0], force)
     trains = [Setup(pairs, TRAIN_SEED, scale) for scale in scales]
     found = _pairs(denoiser, [*trains, *validates], cache)
     train, held = found[: len(scales)], found[len(scales) :]
-    table, to_beat = _best(starts, [] if start else rivals(denoiser.schedule, nfe), held)
+    table, to_beat = best_table(tables, [] if start else rivals(denoiser.schedule, nfe), held)
     state = out.with_suffix(".state.json" if derivative_free else ".state.pt")
     from ..tuning import NodeSearch, SolverNodes, Tuner
 
@@ -153,14 +154,13 @@ def ranking(denoiser: Denoiser, nfe: int, pairs: list[Pairs], out: Path) -> None
     say(f"{out}: {ranked[0].plan.name}; `--start {out}` tunes it further")
 
 
-def _starts(
+def _tables(
     denoiser: Denoiser, start: str | None, grid: str | None, nfe: int, freedom: str, scale: float, force: bool
 ) -> list[Table]:
-    """The tables to start from; where none is asked for, a few that keep no call for the last, least noisy level."""
+    """The tables to start from: a plan file's, a solver's, or where none is asked for `starts`."""
     from ..errors import FastdiffError
-    from ..solvers import plan
     from ..solvers.registry import find, recommended_grid
-    from ..tuning import LearnedTable, SolverNodes, starts
+    from ..tuning import LearnedTable, starts
     from .plans import load_plan
 
     if grid and not start:
@@ -173,9 +173,7 @@ def _starts(
             raise FastdiffError(f"{start} makes {loaded.nfe} evaluations: give --nfe {loaded.nfe}, or another start")
         return [LearnedTable(loaded, denoiser.schedule, freedom)]
     pairs = [(start, grid or recommended_grid(find(start), denoiser.schedule))] if start else starts(denoiser.schedule)
-    if freedom == "nodes":
-        return [SolverNodes(s, denoiser.schedule, nfe, g) for s, g in pairs]
-    return [LearnedTable(plan(s, denoiser, nfe, grid=g), denoiser.schedule, freedom, f"{s} · {g}") for s, g in pairs]
+    return tables_of(denoiser.schedule, nfe, freedom, pairs)
 
 
 def _pairs(denoiser: Denoiser, setups: list[Any], cache: Path) -> list[Pairs]:
@@ -186,7 +184,17 @@ def _pairs(denoiser: Denoiser, setups: list[Any], cache: Path) -> list[Pairs]:
         return [make_pairs(denoiser, s, cache, lambda n: bar.advance(task, n)) for s in setups]
 
 
-def _best(tables: list[Table], others: list[Plan], pairs: list[Pairs]) -> tuple[Table, tuple[str, float]]:
+def tables_of(schedule: NoiseSchedule, nfe: int, freedom: str, pairs: list[tuple[str, str]]) -> list[Table]:
+    """A table for each solver and grid, at step 0 that solver's plan."""
+    from ..solvers import plan
+    from ..tuning import LearnedTable, SolverNodes
+
+    if freedom == "nodes":
+        return [SolverNodes(solver, schedule, nfe, grid) for solver, grid in pairs]
+    return [LearnedTable(plan(s, schedule, nfe, grid=g), schedule, freedom, f"{s} · {g}") for s, g in pairs]
+
+
+def best_table(tables: list[Table], others: list[Plan], pairs: list[Pairs]) -> tuple[Table, tuple[str, float]]:
     """The table whose plan has the smallest validation error as it stands, and the best plan of all with its error."""
     from ..tuning import rmse_of
 

@@ -24,15 +24,14 @@ from ..denoiser import Denoiser
 from ..metrics import frechet_distance
 from ..plans import Plan
 from ..shipped import FASHION_MNIST, write_hashed
-from ..solvers import plan as make_plan
-from ..tuning import LearnedTable, Pairs, TuneConfig, Tuner, make_pairs, provenance, rmse_of, starts
+from ..tuning import Pairs, TuneConfig, Tuner, make_pairs, provenance, starts
 from ..tuning.search import candidates, halving
 from .console import console, progress_bar
-from .tune import TRAIN_SEED, VALIDATION_SEED, write
+from .tune import TRAIN_SEED, VALIDATION_SEED, best_table, tables_of, write
 
 BUDGETS = (4, 5, 6, 8, 10)
 PAIRS, HELD = 512, 256
-CONFIG = TuneConfig(steps=200, lr=0.05, validate_every=25)
+CONFIG = TuneConfig(steps=150, lr=0.05, validate_every=50)
 HELD_OUT = 2048
 DRAWS = 200  # of the bootstrap of Frechet distances
 
@@ -68,9 +67,7 @@ def plans(denoiser: Denoiser, work: Path) -> None:
 def tune(denoiser: Denoiser, nfe: int, train: Pairs, held: Pairs, out: Path) -> None:
     """One tuning run with the settings of the record; how long it took, with the choice of its start, goes beside it."""
     began = time.monotonic()
-    schedule = denoiser.schedule
-    tables = [LearnedTable(make_plan(s, schedule, nfe, grid=g), schedule, label=f"{s} · {g}") for s, g in starts(schedule)]
-    table = min(tables, key=lambda t: rmse_of(t.plan("start", {}), [held]))
+    table, _ = best_table(tables_of(denoiser.schedule, nfe, "full", starts(denoiser.schedule)), [], [held])
     tuner = Tuner(table, [train], [held], CONFIG, out.with_suffix(".state.pt"))
     choosing = time.monotonic() - began
     with progress_bar() as bar:
@@ -80,7 +77,7 @@ def tune(denoiser: Denoiser, nfe: int, train: Pairs, held: Pairs, out: Path) -> 
     files.write_text(out.with_suffix(".seconds.json"), json.dumps(choosing + tuner.seconds) + "\n")
 
 
-def tuned(denoiser: Denoiser, work: Path, out: Path) -> None:
+def tuned(denoiser: Denoiser, work: Path, out: Path, compile: bool) -> None:
     """The record of tuned plans against the search's finalists, on seeds 0 to 2047: errors, distances, pictures."""
     from .bench import measure
 
@@ -91,7 +88,7 @@ def tuned(denoiser: Denoiser, work: Path, out: Path) -> None:
             chosen.append(Cell(solver, grid, nfe))
         chosen.append(Cell("tuned", "plan", nfe, Plan.load(work / "tuned" / f"plan-{nfe}.json")))
     scorer = JudgeScorer()
-    bench = measure(denoiser, chosen, Setup(HELD_OUT), work / "full-2048", scorer, paired_n=HELD_OUT)
+    bench = measure(denoiser, chosen, Setup(HELD_OUT), work / "full-2048", scorer, HELD_OUT, compile)
     record = json.loads((work / "full-2048" / "results.json").read_text())
     record["tuning"] = {
         "settings": asdict(CONFIG), "pairs": PAIRS, "validation": HELD, "reference_steps": ANCHOR_STEPS, "versions": versions(),

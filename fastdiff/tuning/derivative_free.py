@@ -24,7 +24,7 @@ from ..plans import Plan
 from .features import Distribution
 from .nodes import SolverNodes
 from .targets import Pairs, endpoints, measure
-from .tune import Progress, check, endpoint_error
+from .tune import ROUNDING, Progress, check, endpoint_error
 
 RADIUS = 0.5, 0.02  # of the trust region, first and last, in the logarithms of the steps' shares of the way
 
@@ -58,7 +58,7 @@ class NodeSearch:
         self.source = table.plan("start", {})
         self.distribution = Distribution(torch.cat([p.target for p in validation]))
         self.start = measure(self.source, validation, self.distribution)
-        self.scale = max(self.start.rmse / 2, 1e-6)
+        self.scale = max(self.start.rmse, 1e-5) * ROUNDING[1]
         self.best, self.best_score, self.step = self.source, self.start, 0
         self.values: dict[str, float] = {}
         self._lowest = math.inf

@@ -12,6 +12,7 @@ formulas give the weights. Step 0 of either is the solver.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -47,19 +48,20 @@ def check_tunable(plan: Plan) -> None:
         raise FastdiffError(f"plan {plan.name} cannot be tuned: it must keep mean and spread and end at clean data")
 
 
-class Table(nn.Module):
+class Table(nn.Module, ABC):
     """A trainable table; a subclass says what its `numbers` are and how it becomes a Plan. `label` names where it starts."""
 
     def __init__(self, schedule: NoiseSchedule, label: str, freedom: str) -> None:
         super().__init__()
         self.schedule, self.label, self.freedom = schedule, label, freedom
 
+    @abstractmethod
     def numbers(self) -> Numbers:
-        raise NotImplementedError
+        """What a run needs, differentiable in the parameters."""
 
+    @abstractmethod
     def plan(self, name: str, provenance: dict[str, Any]) -> Plan:
         """The table as it stands, an ordinary Plan."""
-        raise NotImplementedError
 
     def forward(self, denoiser: Denoiser, x: Tensor, checkpointing: bool = False) -> Tensor:
         """Runs the table, differentiably: x (B, *) is the state at the start level; returns the samples."""
@@ -67,7 +69,8 @@ class Table(nn.Module):
         predictions: list[Tensor] = []
         y = x
         for i in range(len(times)):
-            t = times[i].expand(len(x))
+            # the first time is fixed: cut off, the first call needs no backward pass where the start stays where it is
+            t = (times[i] if i else times[i].detach()).expand(len(x))
             d = checkpoint(denoiser, y, t, use_reentrant=False) if checkpointing else denoiser(y, t)
             predictions.append(d)
             y = x * (sigma[i + 1] / sigma[0]).to(x.dtype)

@@ -139,6 +139,27 @@ def test_a_changed_network_has_another_fingerprint(tmp_path):
     assert Bench(den, Setup(4), tmp_path, None).fingerprint != first
 
 
+def test_a_compiled_network_gives_the_same_cells(tmp_path):
+    class Linear(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.tensor(0.5))
+
+        def forward(self, x, t):
+            return self.scale * x * t.view(-1, 1, 1, 1).cos()
+
+    den = fd.Denoiser(Linear().requires_grad_(False), fd.schedule.vp_cosine(), "v", shape=(1, 4, 4))
+    plain, compiled = (Bench(den, Setup(8, batch=4), tmp_path / name, None, compile=name == "b") for name in ("a", "b"))
+    chosen = cells(("unipc-2",), None, (5,))
+    for run in (plain, compiled):
+        run.run(chosen)
+    assert compiled.records[0]["rmse"] == pytest.approx(plain.records[0]["rmse"], abs=1e-5)
+    assert results.collect(compiled)["setup"]["compiled"] and "compiled" not in results.collect(plain)["setup"]
+    assert {p.name for p in (tmp_path / "a" / "cells").iterdir()} == {p.name for p in (tmp_path / "b" / "cells").iterdir()}
+    with pytest.raises(FastdiffError, match="only a torch module"):
+        Bench(gaussian(), Setup(8), tmp_path / "c", None, compile=True)
+
+
 def test_an_interrupt_keeps_finished_cells(tmp_path):
     run = Bench(gaussian(), Setup(8), tmp_path, None)
 

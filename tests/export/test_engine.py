@@ -283,3 +283,15 @@ def test_a_runs_mistakes_are_one_line(plain, fastdiff):
                         ([plain, "--provider", "cuda"], "not in this onnxruntime")):  # fmt: skip
         code, _, err = fastdiff("run", *args, "--out", "o")
         assert code == 2 and len(err.splitlines()) == 1 and words in err and not (fastdiff.folder / "o").exists()
+
+
+def test_an_engine_has_no_gradients_and_is_tuned_without(fastdiff, checkpoint, plain, tmp_path):
+    """Learning is refused in one line, the search for nodes works, and its plan is the checkpoint's."""
+    tune = ["tune", plain, "--out", tmp_path / "plan.json", "--cache", tmp_path / "pairs", "--pairs", "6",
+            "--validation", "4", "--batch", "3", "--nfe", "3", "--steps", "4"]  # fmt: skip
+    code, _, err = fastdiff(*tune)
+    assert code == 2 and "--derivative-free" in err and err.strip().count("\n") == 0
+    code, _, err = fastdiff(*tune, "--derivative-free", "--start", "dpmpp-2m")
+    assert code == 0, err
+    found = fd.Plan.load(tmp_path / "plan.json")
+    assert found.provenance["method"] == "NodeSearch" and fd.load(checkpoint).why_not(found) is None

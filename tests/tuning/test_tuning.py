@@ -134,7 +134,8 @@ def test_blur_costs_more_in_distribution_than_it_saves_in_error():
     chosen, averaged = (float(distribution.squared(x, target)) for x in (wrong, blurred))
     assert averaged > 10 * max(chosen, 1e-3)
     assert float(distribution.squared(target, target)) < 1e-6
-    assert Score(0.9, 2.0).against(Score(1.0, 1.0)) > 1 > Score(0.9, 0.9).against(Score(1.0, 1.0))
+    start = Score(1.0, 1.0, 1.0)
+    assert Score(0.9, 0.9, 2.0).against(start) > 1 > Score(0.9, 0.9, 0.9).against(start)
 
 
 def test_halving_finds_the_best_of_the_registry(data):
