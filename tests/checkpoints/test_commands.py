@@ -1,12 +1,17 @@
-"""`fastdiff info`, `sample` and `bench` on the checkpoints of others."""
+"""`fastdiff info`, `sample`, `bench` and `train --from` on the checkpoints of others."""
 
 import json
 
 import diffusers
 import hub
+import numpy as np
+import peer_networks
 import pytest
+import tiny
+import torch
 from diffusers import DDPMScheduler
 
+import fastdiff as fd
 from fastdiff.bench import converged
 
 
@@ -67,3 +72,29 @@ def test_what_is_wrong_is_one_line_and_exit_2(fastdiff, command, tmp_path):
 def test_a_prompt_for_a_checkpoint_without_text(fastdiff, tmp_path):
     code, _, err = fastdiff("sample", hub.ddpm(tmp_path / "p"), "--prompt", "a cat")
     assert code == 2 and "--prompt" in err
+
+
+def test_training_goes_on_from_a_checkpoint(fastdiff, tmp_path):
+    """Our own file and guided-diffusion's: after next to no step the weights are still theirs, and all that is said of them."""
+    tiny.npz(tmp_path / "own.npz")
+    source = tiny.checkpoint(tmp_path / "own.safetensors")
+    adm = tmp_path / "improved.pt"
+    case = peer_networks.cases()["adm improved"]
+    torch.save(peer_networks.weights(case["weights"]), adm)
+    adm.with_suffix(".json").write_text(json.dumps(case["config"]))
+    np.savez(tmp_path / "improved.npz", x=np.random.default_rng(0).integers(0, 255, (6, 16, 16, 3), dtype=np.uint8))
+    for path in (source, adm):
+        out = tmp_path / f"run-{path.stem}"
+        data = tmp_path / f"{path.stem}.npz"
+        run(fastdiff, "train", "--data", data, "--from", path, "--steps", 1, "--batch", 2, "--lr", 1e-12, "--out", out)
+        before, after = fd.load(path), fd.load(out)
+        theirs, ours = before.network.state_dict(), after.network.state_dict()
+        assert all((ours[name] - theirs[name]).abs().max() < 1e-6 for name in theirs)
+        assert (after.schedule, after.prediction, after.shape) == (before.schedule, before.prediction, before.shape)
+        assert after.info["time_scale"] == before.info["time_scale"] and after.info["training"]["start"] == before.hash
+
+
+def test_training_does_not_go_on_from_another_librarys_network(fastdiff, tmp_path):
+    tiny.npz(tmp_path / "x.npz")
+    code, _, err = fastdiff("train", "--data", tmp_path / "x.npz", "--from", hub.ddpm(tmp_path / "p"), "--out", tmp_path / "run")
+    assert code == 2 and "DDPMPipeline" in err and not (tmp_path / "run").exists()
