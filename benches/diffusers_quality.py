@@ -26,8 +26,8 @@ from fastdiff.bench.results import versions
 from fastdiff.noise import normal
 
 SIDE = 16
-SOLVERS = ("ddim", "dpmpp-2m", "unipc-2", "ipndm-3", "deis-3")
-BUDGETS = (5, 6, 8, 10, 12, 16, 20, 50)
+SOLVERS = ("ddim", "dpmpp-2m", "unipc-2", "ipndm-3", "deis-tab-3")
+BUDGETS = (5, 6, 8, 10, 12, 16, 20)
 
 
 def images(path: Path) -> torch.Tensor:

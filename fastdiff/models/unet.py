@@ -148,17 +148,17 @@ class ResBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over all positions; channels split into heads."""
+    """Self-attention over all positions; channels split into heads of `head_channels`, or into `num_heads` where given."""
 
-    def __init__(self, channels: int, c: UNetConfig) -> None:
+    def __init__(self, channels: int, head_channels: int, new_order: bool, num_heads: int | None = None) -> None:
         super().__init__()
-        self.heads = c.num_heads or channels // c.head_channels
-        if not self.heads or channels % self.heads or (not c.num_heads and channels % c.head_channels):
+        if channels % (num_heads or head_channels):
             raise FastdiffError(
                 f"channels with attention must be a multiple of head_channels, or of num_heads; given {channels}, "
-                f"{c.num_heads or c.head_channels}"
+                f"{num_heads or head_channels}"
             )
-        self.new_order = c.new_attention_order  # ADM split q, k, v before the heads in later checkpoints, after them in the first
+        self.heads = num_heads or channels // head_channels
+        self.new_order = new_order  # ADM split q, k, v before the heads in later checkpoints, after them in the first
         self.norm = Norm(channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = zero_(nn.Conv1d(channels, channels, 1))
@@ -190,11 +190,15 @@ def time_embedding(c: UNetConfig) -> nn.Sequential:
     return nn.Sequential(nn.Linear(c.model_channels, c.emb_channels), nn.SiLU(), nn.Linear(c.emb_channels, c.emb_channels))
 
 
+def attention_of(channels: int, c: UNetConfig) -> AttentionBlock:
+    return AttentionBlock(channels, c.head_channels, c.new_attention_order, c.num_heads)
+
+
 def stage_of(ch: int, out: int, level: int, c: UNetConfig) -> EmbedSequential:
     """A residual block, and attention where the level has it."""
     stage = EmbedSequential(ResBlock(ch, c.emb_channels, out, c))
     if 2**level in c.attention:
-        stage.append(AttentionBlock(out, c))
+        stage.append(attention_of(out, c))
     return stage
 
 
@@ -213,7 +217,7 @@ def encoder(c: UNetConfig) -> tuple[nn.ModuleList, EmbedSequential, list[int]]:
             down = ResBlock(ch, c.emb_channels, ch, c, "down") if c.resblock_updown else Downsample(ch)
             blocks.append(EmbedSequential(down))
             skips.append(ch)
-    middle = EmbedSequential(ResBlock(ch, c.emb_channels, ch, c), AttentionBlock(ch, c), ResBlock(ch, c.emb_channels, ch, c))
+    middle = EmbedSequential(ResBlock(ch, c.emb_channels, ch, c), attention_of(ch, c), ResBlock(ch, c.emb_channels, ch, c))
     return blocks, middle, skips
 
 
