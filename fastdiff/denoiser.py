@@ -49,6 +49,8 @@ class Denoiser:
         check_prediction(prediction)
         if not data_range[0] < data_range[1]:
             raise FastdiffError(f"data_range must be (lowest, highest); given {data_range}")
+        if shape is not None and not all(isinstance(side, int) and side > 0 for side in shape):
+            raise FastdiffError(f"shape must hold positive whole numbers, one sample's without the batch; given {tuple(shape)}")
         self.network = network
         self.schedule = schedule
         self.prediction = prediction
@@ -60,12 +62,25 @@ class Denoiser:
         self.plan: Plan | None = None  # the plan that a student or a tuned checkpoint ships with
         self.tuned: tuple[Plan, ...] = ()  # plans tuned for it, one a budget and guidance: see `tuned_plan`
         self.info: dict[str, Any] = {}  # the checkpoint's own metadata
+        self.decoder: Callable[[Tensor], Tensor] | None = None  # samples -> images in data_range, where samples are latents
+        self.encode: Callable[[Sequence[str]], dict[str, Any]] | None = None  # prompts -> the conditions to bind
         self._levels: dict[float, tuple[Coefficients, float]] = {}
 
     @property
     def guidance(self) -> float | None:
         """The scale of classifier-free guidance; 1 = none; None where more than a scale describes it."""
         return 1.0
+
+    @property
+    def num_classes(self) -> int:
+        """Classes that can be asked for, the null class not counted; 0 for a network without class labels."""
+        rows = getattr(getattr(self.network, "config", None), "num_classes", None) or 0
+        return rows - 1 if getattr(self.network, "null_label", None) is not None else rows
+
+    @property
+    def unprompted(self) -> dict[str, Any] | None:
+        """The conditions of the empty prompt, which guidance contrasts with; None where the checkpoint has no text encoders."""
+        return None if self.encode is None else self.encode([""])
 
     def tuned_plan(self, nfe: int) -> Plan | None:
         """The plan that was tuned for this checkpoint, this guidance and `nfe` evaluations, where there is one."""
@@ -202,10 +217,11 @@ class Denoiser:
         return next((p.device for p in parameters), torch.device("cpu"))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Denoiser:
-        """Moves and casts the network, in place as `nn.Module.to`; returns this denoiser."""
-        if isinstance(self.network, torch.nn.Module):
-            self.network.to(device=device, dtype=dtype)
-            self.__dict__.pop("_dtype", None)
+        """Moves and casts network and decoder, in place as `nn.Module.to`; returns this denoiser."""
+        for part in (self.network, self.decoder):
+            if isinstance(part, torch.nn.Module):
+                part.to(device=device, dtype=dtype)
+        self.__dict__.pop("_dtype", None)
         return self
 
     def compiled(self) -> Denoiser:
@@ -221,8 +237,10 @@ class Denoiser:
         return other
 
     def images(self, x: Tensor) -> Tensor:
-        """Samples in the data's own range -> images in [0, 1], float32, clipped."""
+        """Samples, decoded where they are latents, from the data's own range to images in [0, 1], float32, clipped."""
         low, high = self.data_range
+        if self.decoder is not None:
+            x = self.decoder(x)
         return ((x.float() - low) / (high - low)).clamp(0, 1)
 
 

@@ -160,7 +160,7 @@ def test_checkpoints_that_cannot_be_loaded(fastdiff, checkpoint, tmp_path):
     (tmp_path / "model.ckpt").write_bytes(b"")
     for command in ("sample", "info"):
         one_line(*fastdiff(command, tmp_path / "half.safetensors"), "half.safetensors", "truncated")
-        one_line(*fastdiff(command, tmp_path / "model.ckpt"), "not a .safetensors")
+        one_line(*fastdiff(command, tmp_path / "model.ckpt"), "model.ckpt", "no torch file")
         one_line(*fastdiff(command, "fashion-mnits"), "no checkpoint", "fashion-mnist")
     assert list(fastdiff.folder.iterdir()) == []
 

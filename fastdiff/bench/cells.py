@@ -58,9 +58,8 @@ class Setup:
         return range(self.first_seed, self.first_seed + self.n)
 
     def labels(self, denoiser: Denoiser) -> Tensor | None:
-        """(n,) class labels in turn for a class-conditional network of our own, else None."""
-        null = getattr(denoiser.network, "null_label", None)
-        return None if null is None else torch.arange(self.n) % null
+        """(n,) class labels in turn for a class-conditional network, else None."""
+        return torch.arange(self.n) % denoiser.num_classes if denoiser.num_classes else None
 
     def batches(self, denoiser: Denoiser) -> list[tuple[range, Denoiser]]:
         """The seeds of each batch and the denoiser with that batch's conditioning and guidance."""
@@ -73,8 +72,8 @@ class Setup:
         return out
 
     def guided(self, denoiser: Denoiser) -> Denoiser:
-        """The denoiser under the setup's guidance."""
-        return denoiser if self.guidance == 1.0 else guide.cfg(denoiser, self.guidance)
+        """The denoiser under the setup's guidance, a text-conditioned one against the empty prompt."""
+        return denoiser if self.guidance == 1.0 else guide.cfg(denoiser, self.guidance, negative=denoiser.unprompted)
 
 
 def cells(solvers: Sequence[str], grids: Sequence[str] | None, nfes: Sequence[int]) -> list[Cell]:

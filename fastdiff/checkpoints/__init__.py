@@ -2,46 +2,114 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from ..denoiser import Denoiser
-from ..errors import CheckpointError
+from ..errors import CheckpointError, FastdiffError
 from ..plans import Plan
 from ..shipped import HASHES, SHIPPED, shipped_path
-from . import native
+from . import adm, diffusers, edm, ldm, native, onnx
+from .adm import load_classifier
+from .options import Options
+from .weights import CONVERT, Weights, listed, read
 
-ENGINE = "manifest.json"  # what makes a folder an exported engine
 PLANS = "plans"  # folder beside a checkpoint
+SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 
-__all__ = ["SHIPPED", "load", "shipped_path"]
+__all__ = ["SHIPPED", "load", "load_classifier", "shipped_path"]
 
 
-def load(path: str | Path) -> Denoiser:
-    """The denoiser of a native .safetensors file, of a training run's folder, of an exported engine's folder, or of a shipped
-    model by its name.
+@dataclass(frozen=True)
+class FolderFormat:
+    """A layout of folders: told by the files in it."""
+
+    name: str
+    recognise: Callable[[Path], bool]
+    load: Callable[[Path, Options], Denoiser]
+
+
+@dataclass(frozen=True)
+class FileFormat:
+    """A layout of one file: told by the names of its tensors and its metadata."""
+
+    name: str
+    recognise: Callable[[Weights], bool]
+    load: Callable[[Weights, Options], Denoiser]
+
+
+FOLDERS = (
+    FolderFormat("an exported engine", onnx.recognise, onnx.load),
+    FolderFormat("a diffusers folder", diffusers.recognise, diffusers.load),
+)
+FILES = (
+    FileFormat("fastdiff's own", native.recognise, native.from_weights),
+    FileFormat("EDM", edm.recognise, edm.from_weights),
+    FileFormat("Stable Diffusion in one file", ldm.recognise, ldm.from_weights),
+    FileFormat("guided-diffusion", adm.recognise, adm.from_weights),
+)
+
+
+def load(
+    path: str | Path,
+    *,
+    shape: Sequence[int] | None = None,
+    dtype: torch.dtype | None = torch.float32,
+    config: Mapping[str, Any] | None = None,
+) -> Denoiser:
+    """The denoiser of a checkpoint: a file, a folder, or a shipped model by its name.
+
+    Read are fastdiff's own .safetensors and runs, exported engines, diffusers pipelines and models, and the files of other
+    trainers that the README lists. No code of a file is run. Weights are memory-mapped: replace a loaded file by another
+    (rename, as fastdiff itself does), never write into it.
+
+    Args:
+        shape: (C, H, W) of one sample, where the checkpoint does not say it or another is wanted.
+        dtype: of the weights; None = as they are stored.
+        config: what a file cannot say of itself (flags, prediction, ...); over the .json of the same name beside the file.
 
     Raises:
-        CheckpointError: nothing there, an unknown layout, a file that is truncated, tampered with or could run code.
+        CheckpointError: nothing there, an unknown layout, a file that is truncated, tampered with or could run code, weights
+            that are missing, left over or misshapen.
     """
+    options = Options(None if shape is None else tuple(shape), dtype, config or {})
     if str(path) in SHIPPED:
         return _with_plans(native.load(shipped_path(str(path))), SHIPPED[str(path)])
     path = Path(path)
-    if (path / ENGINE).is_file():
-        from .onnx import load as load_engine
+    try:
+        return _load_path(path, options)
+    except FastdiffError as e:
+        raise e if path.name in str(e) else CheckpointError(f"{path}: {e}") from e
 
-        return _with_plans(load_engine(path), path)
+
+def _load_path(path: Path, options: Options) -> Denoiser:
+    for layout in FOLDERS:
+        if layout.recognise(path):
+            return _with_plans(layout.load(path, options), path)
     if path.is_dir():
         path = path / "model.safetensors"
     if not path.exists():
-        raise CheckpointError(
-            f"no checkpoint at {path}; give a .safetensors file, a run's folder, or one of {', '.join(SHIPPED)}"
-        )
-    if path.suffix != ".safetensors":
-        raise CheckpointError(
-            f"{path} is not a .safetensors file; pickled checkpoints can run code and are not opened: "
-            "convert it to safetensors first"
-        )
-    return _with_plans(native.load(path), path.parent)
+        raise CheckpointError(f"no checkpoint at {path}; give a file, a folder, or one of {', '.join(SHIPPED)}")
+    return _with_plans(_load_file(path, options), path.parent)
+
+
+def _load_file(path: Path, options: Options) -> Denoiser:
+    if path.suffix == ".pkl":
+        raise CheckpointError(f"{path} is a pickle, which can run code, and is not opened; {CONVERT}")
+    if path.suffix not in SUFFIXES:
+        raise CheckpointError(f"{path} is no {', '.join(SUFFIXES)} file: its layout is not known")
+    weights = read(path)
+    for layout in FILES:
+        if layout.recognise(weights):
+            return layout.load(weights, options)
+    raise CheckpointError(
+        f"{path} has no fastdiff description, and its {len(weights.tensors)} tensors are of no layout known here "
+        f"({listed(sorted(weights.tensors)[:3])}): wrap the network in fd.Denoiser"
+    )
 
 
 def _with_plans(denoiser: Denoiser, folder: Path) -> Denoiser:

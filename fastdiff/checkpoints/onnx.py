@@ -12,6 +12,9 @@ from torch import Tensor
 from ..denoiser import Denoiser
 from ..errors import CheckpointError
 from ..schedule import from_config
+from .options import Options
+
+ENGINE = "manifest.json"  # what makes a folder an exported engine
 
 
 class _Session:
@@ -46,7 +49,12 @@ class EngineDenoiser(Denoiser):
         return torch.device(self.engine.device)
 
 
-def load(folder: str | Path) -> EngineDenoiser:
+def recognise(path: Path) -> bool:
+    """Whether a folder holds an exported engine."""
+    return (path / ENGINE).is_file()
+
+
+def load(folder: Path, options: Options) -> EngineDenoiser:
     """The denoiser of an engine's folder, every file's hash checked. Its `hash` is that of the checkpoint it was made from, so
     plans tuned for one serve the other.
 

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .console import console, progress_bar, say
+from .console import CHECKPOINT_HELP, console, progress_bar, say
 
 if TYPE_CHECKING:
     from ..bench import Bench, Cell, Setup
     from ..bench.scoring import Scorer
     from ..denoiser import Denoiser
 
-Checkpoint = Annotated[str, typer.Argument(help="a checkpoint, a training run's folder, or the shipped model")]
+Checkpoint = Annotated[str, typer.Argument(help=CHECKPOINT_HELP)]
 BEST = 1  # lines per NFE that the full preset measures again with 2,048 images, at few calls, where they still differ
 FEW = 10
 
@@ -27,6 +27,7 @@ def bench(
     nfe: Annotated[str, typer.Option(help="comma-separated budgets for them")] = "5,8,10,20",
     n: Annotated[int, typer.Option(help="images a cell; 0 = the preset's")] = 0,
     guidance: Annotated[float, typer.Option(help="classifier-free guidance scale; 1 = none")] = 1.0,
+    prompt: Annotated[str | None, typer.Option(help="for a text-conditioned checkpoint; default the empty one")] = None,
     plan: Annotated[list[Path] | None, typer.Option(help="a saved plan to measure too (may be given more than once)")] = None,
     force: Annotated[bool, typer.Option("--force", help="measure plans tuned for another checkpoint or guidance")] = False,
     first_seed: Annotated[int, typer.Option(min=0)] = 0,
@@ -45,6 +46,7 @@ def bench(
     from ..checkpoints import load
     from ..errors import FastdiffError
     from .plans import load_plan
+    from .requests import prompted
 
     need_matplotlib()
     if preset not in ("quick", "full"):
@@ -58,7 +60,7 @@ def bench(
         chosen = cells(names, _names(grids) or None, _numbers(nfe))
     else:
         chosen = quick_cells() if preset == "quick" else full_cells()
-    denoiser = load(checkpoint)
+    denoiser = prompted(load(checkpoint), prompt)
     for path in plan or ():
         saved = load_plan(path, denoiser, guidance, force)
         chosen.append(Cell(path.stem, "plan", saved.nfe, saved))

@@ -7,7 +7,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 console = Console()
 errors = Console(stderr=True)
-CHECKPOINT_HELP = ".safetensors file, training folder, or shipped model"
+CHECKPOINT_HELP = "a checkpoint's file or folder (README: what is read), or a shipped model"
 
 
 def say(line: str) -> None:

@@ -97,17 +97,30 @@ def _checkpoint(name: str) -> dict[str, Any]:
     denoiser = load(name)
     return {
         "path": name,
+        "format": denoiser.info.get("format", "fastdiff"),
         "shape": list(denoiser.shape or ()),
         "parameters": count_parameters([network]) if isinstance(network := denoiser.network, Module) else None,
         "prediction": denoiser.prediction,
-        "schedule": denoiser.schedule.config(),
+        "schedule": _short(denoiser.schedule.config()),
         "data range": list(denoiser.data_range),
         "classes": list(class_names(denoiser, name)),
+        "decoder": None if denoiser.decoder is None else str(getattr(denoiser.decoder, "name", "yes")),
+        "prompts": denoiser.encode is not None,
         "plan": None if denoiser.plan is None else denoiser.plan.name,
-        "network": denoiser.info.get("network"),
+        "network": _short(denoiser.info.get("network")),
         "training": denoiser.info.get("training"),
         "sha256": denoiser.hash,
     }
+
+
+def _short(value: Any) -> Any:
+    """The same with long tables, such as a discrete schedule's, cut to their ends."""
+    if isinstance(value, dict):
+        return {k: _short(v) for k, v in value.items()}
+    if isinstance(value, list | tuple) and len(value) > 40:
+        ends = f", {value[0]:.6g} to {value[-1]:.6g}" if isinstance(value[0], float) else ""
+        return f"{len(value)} entries{ends}"
+    return value
 
 
 def _plain(value: object) -> str:

@@ -10,6 +10,7 @@ import typer
 from ..errors import FastdiffError
 from .bench import bench, demo
 from .console import errors
+from .convert import convert
 from .distill import distill
 from .export import export
 from .info import info, solvers
@@ -32,6 +33,7 @@ app.command()(export)
 app.command()(run)
 app.command()(solvers)
 app.command()(info)
+app.command()(convert)
 
 
 @app.callback(invoke_without_command=True)

@@ -31,7 +31,8 @@ def guided(denoiser: Denoiser, guidance: float) -> Denoiser:
     """The denoiser under guidance, with one label of any class where it has none bound: to ask about plans, not to sample."""
     if guidance == 1.0:
         return denoiser
-    return cfg(denoiser.bind(class_labels=torch.zeros(1, dtype=torch.long)), guidance)
+    labels = {"class_labels": torch.zeros(1, dtype=torch.long)} if denoiser.num_classes else {}
+    return cfg(denoiser.bind(**labels), guidance, negative=denoiser.unprompted)
 
 
 def _check_schedule(plan: Plan, denoiser: Denoiser, path: str | Path) -> None:

@@ -56,11 +56,21 @@ def class_names(denoiser: Denoiser, checkpoint: str) -> tuple[str, ...]:
     """The checkpoint's class names, or numbers where it has none; empty for an unconditional network."""
     from ..shipped import CLASS_NAMES
 
-    config = getattr(denoiser.network, "config", None)
-    rows = getattr(config, "num_classes", None) or 0
-    count = rows - 1 if getattr(denoiser.network, "null_label", None) is not None else rows
     names = tuple(denoiser.info.get("class_names") or CLASS_NAMES.get(checkpoint) or ())
-    return names if len(names) == count else tuple(str(i) for i in range(count))
+    return names if len(names) == denoiser.num_classes else tuple(str(i) for i in range(denoiser.num_classes))
+
+
+def prompted(denoiser: Denoiser, prompt: str | None) -> Denoiser:
+    """A text-conditioned denoiser with its prompt bound, the empty one where none is given; any other as it is.
+
+    Raises:
+        FastdiffError: a prompt for a checkpoint without text encoders.
+    """
+    if denoiser.encode is None:
+        if prompt is not None:
+            raise FastdiffError("this checkpoint has no text encoders: leave out --prompt")
+        return denoiser
+    return denoiser.bind(**denoiser.encode([prompt or ""]))
 
 
 def parse_classes(text: str | None, names: tuple[str, ...]) -> list[int] | None:

@@ -13,7 +13,7 @@ import typer
 from ..errors import FastdiffError
 from .console import CHECKPOINT_HELP, progress_bar, say
 from .pictures import check_folder, import_pillow, write_pictures
-from .requests import Request, check_device, class_names, parse_classes, parse_seeds, requests
+from .requests import Request, check_device, class_names, parse_classes, parse_seeds, prompted, requests
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,6 +43,7 @@ def sample(
     classes: Annotated[
         str | None, typer.Option(help="numbers, names or all: every seed in each; default: seed mod number of classes")
     ] = None,
+    prompt: Annotated[str | None, typer.Option(help="for a text-conditioned checkpoint; guidance: against ''")] = None,
     force: Annotated[bool, typer.Option("--force", help="use a plan tuned for another checkpoint or guidance")] = False,
     guidance: Annotated[float, typer.Option(min=0, help="classifier-free guidance scale; 1 = none")] = 1.0,
     out: Annotated[Path, typer.Option(help="folder for the pictures and grid.png")] = Path("out/samples"),
@@ -67,7 +68,7 @@ def sample(
     fixed = {"--solver": solver, "--nfe": nfe, "--grid": grid, "--end": end}
     check_together(fixed, {"--rtol": rtol, "--atol": atol}, plan, adaptive)
     where = check_device(device)
-    denoiser = load(checkpoint).to(where)
+    denoiser = prompted(load(checkpoint).to(where), prompt)
     names = class_names(denoiser, checkpoint)
     wanted = requests(numbers, parse_classes(classes, names), names)
     _check_network(denoiser, guidance)
@@ -99,14 +100,14 @@ def check_together(
 
 
 def _check_network(denoiser: Denoiser, guidance: float) -> None:
-    if denoiser.shape is None or len(denoiser.shape) != 3 or denoiser.shape[0] not in (1, 3):
+    if denoiser.shape is None or len(denoiser.shape) != 3 or not (denoiser.decoder or denoiser.shape[0] in (1, 3)):
         raise FastdiffError(f"pictures need samples of shape (1 or 3, H, W); this checkpoint makes {denoiser.shape}")
     check_guidance(denoiser, guidance)
 
 
 def check_guidance(denoiser: Denoiser, guidance: float) -> None:
     """Refuses guidance of a network without a null class."""
-    if guidance != 1.0 and getattr(denoiser.network, "null_label", None) is None:
+    if guidance != 1.0 and denoiser.encode is None and getattr(denoiser.network, "null_label", None) is None:
         raise FastdiffError(
             f"--guidance {guidance:g} needs a network with a null class (trained with label dropout); this one has "
             "none: leave --guidance at 1"
@@ -182,7 +183,7 @@ def _run(
                 labels = torch.tensor([r.label for r in part], device=denoiser.device)
                 bound = denoiser.bind(class_labels=labels)
             if guidance != 1.0:
-                bound = cfg(bound, guidance)
+                bound = cfg(bound, guidance, negative=bound.unprompted)
             x, each = method.run(bound, [r.seed for r in part])
             images.append((denoiser.images(x) * 255).round().to("cpu", torch.uint8))
             calls += each

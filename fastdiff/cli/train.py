@@ -31,6 +31,9 @@ def train(
     bf16: Annotated[bool, typer.Option(help="bfloat16 autocast of the network")] = False,
     seed: int = 0,
     network: Annotated[str, typer.Option(help="JSON of U-Net settings (see fastdiff.models.UNetConfig)")] = "{}",
+    source: Annotated[
+        str | None, typer.Option("--from", help="a checkpoint to go on from: its network, schedule, prediction and time")
+    ] = None,
     size: Annotated[int | None, typer.Option(min=1, help="crop and resize a folder's images to this side")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="torch threads; exact resuming needs the same")] = None,
     save_every: Annotated[float, typer.Option(help="seconds between checkpoints")] = 60.0,
@@ -38,9 +41,10 @@ def train(
     """Train a U-Net; run the same command again to go on where an interrupted run stopped."""
     import torch
 
+    from ..checkpoints import load
     from ..errors import FastdiffError
     from ..training.data import load_images
-    from ..training.trainer import Progress, TrainConfig, Trainer
+    from ..training.trainer import Progress, TrainConfig, Trainer, continuing
 
     if threads:
         torch.set_num_threads(threads)
@@ -54,7 +58,12 @@ def train(
         label_dropout, clip, bf16, seed, network_config,
     )  # fmt: skip
     check_folder(out)
-    trainer = Trainer(config, load_images(data, size), out)
+    if source is not None and network_config:
+        raise FastdiffError("--from brings its network: leave out --network")
+    start = None if source is None else load(source)
+    if start is not None:
+        config = continuing(config, start)
+    trainer = Trainer(config, load_images(data, size), out, start)
     if trainer.step:
         say(f"resuming {out} at step {trainer.step} of {steps}")
     with progress_bar() as bar, interrupts() as interrupted:

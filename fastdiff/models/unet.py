@@ -20,6 +20,7 @@ from ..errors import FastdiffError
 class UNetConfig:
     """The shape of a U-Net. `attention` holds downsampling factors (2 = half the input's resolution), as in ADM.
 
+    Attention has heads of `head_channels`, or `num_heads` of them at every level where that is given (improved-diffusion).
     `num_classes` counts the embedding's rows; with `null_class` the last of them is the class "none" of label dropout.
     """
 
@@ -37,6 +38,7 @@ class UNetConfig:
     use_scale_shift_norm: bool = True
     new_attention_order: bool = False
     learned_variance: bool = False
+    num_heads: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("channel_mult", "attention"):
@@ -44,6 +46,8 @@ class UNetConfig:
         for name in ("in_channels", "out_channels", "model_channels", "num_res_blocks", "head_channels"):
             if not (isinstance(value := getattr(self, name), int) and value > 0):
                 raise FastdiffError(f"{name} must be a positive whole number; given {value!r}")
+        if self.num_heads is not None and not (isinstance(self.num_heads, int) and self.num_heads > 0):
+            raise FastdiffError(f"num_heads must be a positive whole number or None; given {self.num_heads!r}")
         if not self.channel_mult or any(mult <= 0 for mult in self.channel_mult):
             raise FastdiffError(f"channel_mult must hold one positive number a level; given {self.channel_mult}")
         for mult in self.channel_mult:
@@ -52,6 +56,11 @@ class UNetConfig:
                     f"every level's channels must be a multiple of 32 (GroupNorm has 32 groups); given "
                     f"{self.model_channels} x {mult}"
                 )
+
+    @property
+    def emb_channels(self) -> int:
+        """Features of the embedded time, 4 per channel as in ADM."""
+        return 4 * self.model_channels
 
     def asdict(self) -> dict[str, Any]:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
@@ -139,15 +148,16 @@ class ResBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over all positions; channels split into heads of `head_channels`."""
+    """Self-attention over all positions; channels split into heads of `head_channels`, or into `num_heads` where given."""
 
-    def __init__(self, channels: int, head_channels: int, new_order: bool) -> None:
+    def __init__(self, channels: int, head_channels: int, new_order: bool, num_heads: int | None = None) -> None:
         super().__init__()
-        if channels % head_channels:
+        if channels % (num_heads or head_channels):
             raise FastdiffError(
-                f"channels with attention must be a multiple of head_channels; given {channels}, {head_channels}"
+                f"channels with attention must be a multiple of head_channels, or of num_heads; given {channels}, "
+                f"{num_heads or head_channels}"
             )
-        self.heads = channels // head_channels
+        self.heads = num_heads or channels // head_channels
         self.new_order = new_order  # ADM split q, k, v before the heads in later checkpoints, after them in the first
         self.norm = Norm(channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
@@ -178,6 +188,41 @@ class EmbedSequential(nn.Sequential):
         return x
 
 
+def time_embedding(c: UNetConfig) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(c.model_channels, c.emb_channels), nn.SiLU(), nn.Linear(c.emb_channels, c.emb_channels))
+
+
+def attention_of(channels: int, c: UNetConfig) -> AttentionBlock:
+    return AttentionBlock(channels, c.head_channels, c.new_attention_order, c.num_heads)
+
+
+def stage_of(ch: int, out: int, level: int, c: UNetConfig) -> EmbedSequential:
+    """A residual block, and attention where the level has it."""
+    stage = EmbedSequential(ResBlock(ch, c.emb_channels, out, c))
+    if 2**level in c.attention:
+        stage.append(attention_of(out, c))
+    return stage
+
+
+def encoder(c: UNetConfig) -> tuple[nn.ModuleList, EmbedSequential, list[int]]:
+    """The way down and the middle; and the channels that each block hands to the way up, the last of them the middle's."""
+    ch = int(c.channel_mult[0] * c.model_channels)
+    skips = [ch]
+    blocks = nn.ModuleList([EmbedSequential(nn.Conv2d(c.in_channels, ch, 3, padding=1))])
+    for level, mult in enumerate(c.channel_mult):
+        out = int(mult * c.model_channels)
+        for _ in range(c.num_res_blocks):
+            blocks.append(stage_of(ch, out, level, c))
+            ch = out
+            skips.append(ch)
+        if level < len(c.channel_mult) - 1:
+            down = ResBlock(ch, c.emb_channels, ch, c, "down") if c.resblock_updown else Downsample(ch)
+            blocks.append(EmbedSequential(down))
+            skips.append(ch)
+    middle = EmbedSequential(ResBlock(ch, c.emb_channels, ch, c), attention_of(ch, c), ResBlock(ch, c.emb_channels, ch, c))
+    return blocks, middle, skips
+
+
 class UNet(nn.Module):
     """(x, t, class_labels) -> prediction of x's shape, or of 2x its channels with learned variance.
 
@@ -188,44 +233,21 @@ class UNet(nn.Module):
         super().__init__()
         self.config = c = config
         self.checkpointing = False
-        emb = c.model_channels * 4
-        self.time_embed = nn.Sequential(nn.Linear(c.model_channels, emb), nn.SiLU(), nn.Linear(emb, emb))
-        self.label_emb = nn.Embedding(c.num_classes, emb) if c.num_classes else None
-        ch = int(c.channel_mult[0] * c.model_channels)
-        skips = [ch]
-        self.input_blocks = nn.ModuleList([EmbedSequential(nn.Conv2d(c.in_channels, ch, 3, padding=1))])
-        for level, mult in enumerate(c.channel_mult):
-            out = int(mult * c.model_channels)
-            for _ in range(c.num_res_blocks):
-                self.input_blocks.append(self._stage(ch, emb, out, level))
-                ch = out
-                skips.append(ch)
-            if level < len(c.channel_mult) - 1:
-                down = ResBlock(ch, emb, ch, c, "down") if c.resblock_updown else Downsample(ch)
-                self.input_blocks.append(EmbedSequential(down))
-                skips.append(ch)
-        self.middle_block = EmbedSequential(
-            ResBlock(ch, emb, ch, c),
-            AttentionBlock(ch, c.head_channels, c.new_attention_order),
-            ResBlock(ch, emb, ch, c),
-        )
+        self.time_embed = time_embedding(c)
+        self.label_emb = nn.Embedding(c.num_classes, c.emb_channels) if c.num_classes else None
+        self.input_blocks, self.middle_block, skips = encoder(c)
+        ch = skips[-1]
         self.output_blocks = nn.ModuleList()
         for level, mult in reversed(list(enumerate(c.channel_mult))):
             out = int(mult * c.model_channels)
             for i in range(c.num_res_blocks + 1):
-                stage = self._stage(ch + skips.pop(), emb, out, level)
+                stage = stage_of(ch + skips.pop(), out, level, c)
                 ch = out
                 if level and i == c.num_res_blocks:
-                    stage.append(ResBlock(ch, emb, ch, c, "up") if c.resblock_updown else Upsample(ch))
+                    stage.append(ResBlock(ch, c.emb_channels, ch, c, "up") if c.resblock_updown else Upsample(ch))
                 self.output_blocks.append(stage)
         out_channels = c.out_channels * (2 if c.learned_variance else 1)
         self.out = nn.Sequential(Norm(ch), nn.SiLU(), zero_(nn.Conv2d(ch, out_channels, 3, padding=1)))
-
-    def _stage(self, ch: int, emb: int, out: int, level: int) -> EmbedSequential:
-        stage = EmbedSequential(ResBlock(ch, emb, out, self.config))
-        if 2**level in self.config.attention:
-            stage.append(AttentionBlock(out, self.config.head_channels, self.config.new_attention_order))
-        return stage
 
     @property
     def null_label(self) -> int | None:

@@ -45,6 +45,7 @@ class TrainConfig:
     bf16: bool = False
     seed: int = 0
     network: dict[str, Any] = field(default_factory=dict)
+    start: str = ""  # hash of the checkpoint whose weights the first step begins with; "" = drawn
 
     def __post_init__(self) -> None:
         for name, low in (("steps", 1), ("batch", 1), ("warmup", 0)):
@@ -91,6 +92,21 @@ def unet_config(config: TrainConfig, data: Images) -> UNetConfig:
     return made
 
 
+def continuing(config: TrainConfig, denoiser: Denoiser) -> TrainConfig:
+    """The configuration that goes on with a checkpoint: its network, schedule, prediction and time, the rest as given.
+
+    Raises:
+        FastdiffError: its network is not our U-Net.
+    """
+    if not isinstance(denoiser.network, UNet):
+        kind = denoiser.info.get("format", type(denoiser.network).__name__)
+        raise FastdiffError(f"training goes on from fastdiff's and guided-diffusion's U-Nets; this is a network of {kind}")
+    return dataclasses.replace(
+        config, network=denoiser.network.config.asdict(), schedule=denoiser.schedule.config(), prediction=denoiser.prediction,
+        time_scale=denoiser.info.get("time_scale"), start=denoiser.hash,
+    )  # fmt: skip
+
+
 def _schedule(config: dict[str, Any]) -> NoiseSchedule:
     """The schedule of a description, asked once, so that wrong parameters are found before the first step."""
     try:
@@ -124,15 +140,20 @@ def _check_fit(network: UNetConfig, data: Images) -> None:
 class Trainer:
     """Holds network, EMA and optimiser; `run()` trains to the end, saving `model.safetensors` (EMA) and `state.pt`.
 
+    With `start` the first step begins with that denoiser's weights (`continuing` makes the configuration).
+
     Raises:
         FastdiffError: resuming a run whose configuration or data differ (the message names them).
     """
 
-    def __init__(self, config: TrainConfig, data: Images, out: Path) -> None:
+    def __init__(self, config: TrainConfig, data: Images, out: Path, start: Denoiser | None = None) -> None:
         self.config, self.data, self.out = config, data, out
         self.schedule = _schedule(config.schedule)
         torch.manual_seed(config.seed)
         self.network = UNet(unet_config(config, data))
+        if start is not None:
+            assert isinstance(start.network, UNet)
+            self.network.load_state_dict(start.network.state_dict())
         self.ema = copy.deepcopy(self.network).requires_grad_(False)
         self.optimiser = torch.optim.AdamW(self.network.parameters(), lr=config.lr, weight_decay=0.0)
         self.denoiser = Denoiser(self.network, self.schedule, config.prediction)  # checks the prediction's name
@@ -256,7 +277,7 @@ class Trainer:
     def _resume(self) -> None:
         state = read_state(self.out / "state.pt", "config", "data_sha256")
         # the number of steps may change: the learning rate then falls to 0 at the new end
-        then, now = ({**c, "data_sha256": d} for c, d in (
+        then, now = ({"start": "", **c, "data_sha256": d} for c, d in (
             (state["config"], state["data_sha256"]), (asdict(self.config), self.data.digest)))  # fmt: skip
         check_same(self.out, then, now, free=("steps",))
         self.step, self.skipped = state["step"], state["skipped"]

@@ -12,7 +12,7 @@ from pipelines import images
 import fastdiff as fd
 from fastdiff.errors import FastdiffError
 
-EXAMPLES = Path(__file__).parents[2] / "benches" / "examples"
+EXAMPLES = Path(__file__).parents[2] / "tests" / "examples"
 CALLS = {"ddpm": "unet", "sd": "unet", "sdxl": "unet", "sd3": "transformer", "flux": "transformer"}
 
 

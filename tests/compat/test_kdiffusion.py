@@ -149,7 +149,7 @@ def test_the_comfyui_node(monkeypatch):
     comfy.samplers = samplers
     monkeypatch.setitem(sys.modules, "comfy", comfy)
     monkeypatch.setitem(sys.modules, "comfy.samplers", samplers)
-    node = runpy.run_path(str(ROOT / "benches" / "examples" / "comfyui_node.py"))["NODE_CLASS_MAPPINGS"]["FastdiffSampler"]
+    node = runpy.run_path(str(ROOT / "tests" / "examples" / "comfyui_node.py"))["NODE_CLASS_MAPPINGS"]["FastdiffSampler"]
     choices, _ = node.INPUT_TYPES()["required"]["solver"]
     assert "unipc-2" in choices and len(choices) == len(fd.list_solvers())
     (made,) = getattr(node(), node.FUNCTION)("unipc-2")

@@ -1,4 +1,4 @@
-"""The scheduler seat by hand, filled in three ways: `python benches/examples/diffusers_scheduler.py FOLDER "a prompt"`."""
+"""The scheduler seat by hand, filled in three ways: `python tests/examples/diffusers_scheduler.py FOLDER "a prompt"`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A diffusers pipeline made fast and put back: `python benches/examples/accelerate_pipeline.py PIPELINE_FOLDER "a prompt"`.
+"""A diffusers pipeline made fast and put back: `python tests/examples/accelerate_pipeline.py PIPELINE_FOLDER "a prompt"`.
 
 The folder is one that diffusers wrote (save_pretrained) or downloaded; the image goes to fast.png.
 """
