@@ -234,6 +234,8 @@ def conditions(
     check_taken(denoiser.network, {*positive.cond, *negative})
     for name, value in negative.items():
         other = positive.cond.get(name)
-        if isinstance(value, Tensor) and isinstance(other, Tensor) and value.ndim and other.ndim and len(value) != len(other):
-            raise FastdiffError(f"{name}: {len(value)} negative conditions for {len(other)} conditions; give one a sample each")
+        if not (isinstance(value, Tensor) and isinstance(other, Tensor) and value.ndim and other.ndim):
+            continue
+        if len(value) not in (1, len(other)) and len(other) != 1:  # one for all is what text pipelines' networks take
+            raise FastdiffError(f"{name}: {len(value)} negative conditions for {len(other)} conditions; give one, or one each")
     return positive, denoiser.bind(**negative)
