@@ -25,6 +25,18 @@ def group_norm_silu(
     return torch.ops.fastdiff.group_norm(x, groups, weight, bias, eps, scale, shift, silu)[0]
 
 
+def backends() -> dict[str, str]:
+    """What each op runs on here: "triton", or "torch" and why."""
+    from .kernels.availability import missing_triton
+
+    reason = missing_triton(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return {
+        "group_norm_silu": "triton" if reason is None else f"torch ({reason})",
+        "attention": "torch (no kernel yet)",
+        "combine": "torch (no kernel yet)",
+    }
+
+
 def onnx_table() -> dict[Any, Any]:
     """The fused ops for torch.onnx.export(..., custom_translation_table=): a network on a GPU is traced with them inside."""
     from .kernels import group_norm as fused

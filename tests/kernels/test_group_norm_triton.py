@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from group_norm_inputs import arguments, tensor
@@ -29,6 +30,10 @@ def kernels():
 @pytest.fixture
 def split(monkeypatch):
     """Nothing fits on chip and tiles are small, so that few programs make several tiles, splits and channel blocks."""
+    import triton
+
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9) and tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4):
+        pytest.skip("the interpreter of triton 3.6 cannot loop up to a loaded number with numpy 2.4 (3.9 can)")
     forward, backward = kernels()
     monkeypatch.setattr(forward, "ONE_READ", 0)
     monkeypatch.setattr(backward, "ONE_READ_BACKWARD", 0)
