@@ -51,7 +51,7 @@ VARIANTS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "full, 2,048 pairs": ("full", 2048, {}),
     "full, relaxed target 0.02": ("full", 512, {"relax": 0.02}),
     "full, MMD term": ("full", 512, {"distribution": 1.0}),
-    "full, squared error": ("full", 512, {"rounding": 8.0}),
+    "full, squared error": ("full", 512, {"rounding": (8.0, 8.0)}),
 }
 
 

@@ -47,8 +47,10 @@ def compile_table(plan: Plan) -> Table:
     """The table of a plan.
 
     Raises:
-        FastdiffError: a plan that never calls the network.
+        FastdiffError: a plan that never calls the network, or one with learned variance, which is not affine.
     """
+    if plan.learned_variance:
+        raise FastdiffError(f"plan {plan.name} takes its variance from the network: an engine holds fixed ones (small, large)")
     groups: list[list[Step]] = [[]]  # the rows before the first call, then each call with the rows without one after it
     for step in plan.program:
         if step.call:

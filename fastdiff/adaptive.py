@@ -1,7 +1,6 @@
-"""Adaptive step size, each sample on its own: an embedded third-order pair of exponential integrators in the log-SNR.
+"""Adaptive step size, each sample on its own, by embedded pairs (`pairs.py`) under Söderlind's PI controller.
 
-The step is DPM-Solver++(3S) with its embedded second-order result (Lu et al. 2022a, appendix C, for the denoised
-prediction); the controller is Söderlind's PI rule. Finished samples leave the batch, so the cost is each sample's own.
+Finished samples leave the batch, so the cost is each sample's own.
 """
 
 from __future__ import annotations
@@ -18,10 +17,9 @@ from torch import Tensor
 from .denoiser import Denoiser
 from .errors import FastdiffError, NonFiniteError
 from .grid import LAM_START, Node
+from .pairs import PAIRS, Field, Pair, find
 from .plans import IDENTITY, Plan, Row
 from .sampling import begin
-
-ORDER = 3
 
 
 class _Pair(NamedTuple):
@@ -44,19 +42,21 @@ class Adaptive(_Pair):
 
 @dataclass(frozen=True)
 class Control:
-    """Tolerances and limits; the defaults suit images in [-1, 1]."""
+    """Method, tolerances and limits; the defaults suit images in [-1, 1]."""
 
     rtol: float = 1e-2
     atol: float = 1e-2
     max_nfe: int = 300
     first_step: float = 0.3  # in log-SNR
     safety: float = 0.9
+    pair: Pair = PAIRS["dpmpp-23"]
 
     def __post_init__(self) -> None:
         if not (self.rtol > 0 and self.atol > 0):
             raise FastdiffError(f"rtol and atol must be positive; given {self.rtol}, {self.atol}")
-        if self.max_nfe < ORDER + 2:  # the step away from alpha = 0, one step, and the last prediction
-            raise FastdiffError(f"max_nfe must be at least {ORDER + 2}; given {self.max_nfe}")
+        least = self.pair.calls + 2  # the step away from alpha = 0, one step, and the last prediction
+        if self.max_nfe < least:
+            raise FastdiffError(f"max_nfe must be at least {least}; given {self.max_nfe}")
 
 
 @torch.no_grad()
@@ -66,6 +66,7 @@ def sample_adaptive(
     *,
     seeds: Sequence[int] | None = None,
     start: Tensor | None = None,
+    solver: str = "dpmpp-23",
     rtol: float = 1e-2,
     atol: float = 1e-2,
     max_nfe: int = 300,
@@ -76,12 +77,16 @@ def sample_adaptive(
     A sample whose root-mean-square error estimate, relative to atol + rtol |x|, is at most 1 takes the step. The last
     evaluation is at the least noisy level, whose prediction is the sample.
 
+    `solver` is the embedded pair: "dpmpp-23" (DPM-Solver++(3S) with its second-order result), "dpm-12" and "dpm-23" (DPM-Solver,
+    k-diffusion's dpm_adaptive), "bosh3" (Bogacki-Shampine 3(2)) or "dopri5" (Dormand-Prince 5(4)), both in sigma/alpha.
+
     Raises:
-        FastdiffError: tolerances not positive, nothing to start from, conditioning that is bound for another batch size.
+        FastdiffError: an unknown solver, tolerances not positive, nothing to start from, conditioning bound for another batch
+            size.
     Warns:
         UserWarning: samples that reached max_nfe; they are flagged and returned as denoised from where they stood.
     """
-    control = Control(rtol, atol, max_nfe)
+    control = Control(rtol, atol, max_nfe, pair=find(solver))
     schedule = denoiser.schedule
     first = Node(schedule.t_max, float(schedule.alpha(schedule.t_max)), float(schedule.sigma(schedule.t_max)))
     row = Row(first.t, first.alpha, first.sigma, IDENTITY, IDENTITY, store=())
@@ -115,6 +120,8 @@ class _Run:
             alpha, sigma = float(denoiser.schedule.alpha(t)), float(denoiser.schedule.sigma(t))
             self.x = state * (sigma / first.sigma) + denoiser(state, first.t) * (alpha - first.alpha * sigma / first.sigma)
             self.nfe += 1
+        self.field = Field(denoiser.schedule, self.denoise)
+        self.slope: Tensor | None = None  # at the active samples' states, where the pair evaluated it already
         self.lam = torch.full((count,), lam, dtype=torch.float64, device=state.device)
         self.h = torch.full((count,), control.first_step, dtype=torch.float64, device=state.device)
         self.previous_error = torch.ones(count, dtype=torch.float64, device=state.device)
@@ -132,48 +139,26 @@ class _Run:
         c = self.control
         end = torch.clamp(self.lam + self.h, max=self.lam_end)
         h = end - self.lam
-        third, second = self._embedded(h)
-        scale = c.atol + c.rtol * torch.maximum(self.x.abs(), third.abs())
-        error = ((third - second) / scale).double().flatten(1).square().mean(dim=1).sqrt().clamp(min=1e-10)
+        tried = c.pair.attempt(self.field, self.x, self.lam, h, self.slope)
+        scale = c.atol + c.rtol * torch.maximum(self.x.abs(), tried.high.abs())
+        error = ((tried.high - tried.low) / scale).double().flatten(1).square().mean(dim=1).sqrt().clamp(min=1e-10)
         accepted = error <= 1.0
         keep = accepted.view(-1, *(1,) * (self.x.ndim - 1))
-        self.x, self.lam = torch.where(keep, third, self.x), torch.where(accepted, end, self.lam)
+        self.x, self.lam = torch.where(keep, tried.high, self.x), torch.where(accepted, end, self.lam)
+        if tried.first is not None and tried.last is not None:
+            self.slope = torch.where(keep, tried.last, tried.first)
         # PI control (Söderlind 2003): exponents 0.7/order and 0.4/order, the second on the last accepted error
-        factor = c.safety * error ** (-0.7 / ORDER) * torch.where(accepted, self.previous_error ** (0.4 / ORDER), 1.0)
+        order = c.pair.order
+        factor = c.safety * error ** (-0.7 / order) * torch.where(accepted, self.previous_error ** (0.4 / order), 1.0)
         self.h = h * factor.clamp(0.2, 5.0)
         self.previous_error = torch.where(accepted, error, self.previous_error)
         self._leave()
 
-    def _embedded(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Third- and second-order results of a step h in log-SNR: points at h/3 and 2h/3."""
-        lam, x = self.lam, self.x
-        d0 = self.denoise(x, lam)
-        d1 = self.denoise(self._to(x, lam, h / 3, d0), lam + h / 3)
-        d2 = self.denoise(self._to(x, lam, 2 * h / 3, d0, d1 - d0, h / 3), lam + 2 * h / 3)
-        return self._to(x, lam, h, d0, d2 - d0, 2 * h / 3), self._to(x, lam, h, d0, d1 - d0, h / 3)
-
-    def _to(
-        self, x: Tensor, lam: Tensor, h: Tensor, d: Tensor, change: Tensor | None = None, over: Tensor | None = None
-    ) -> Tensor:
-        """x at lam + h for D = d, or for D linear in log-SNR with `change` over a distance `over`; weights in float64."""
-        schedule = self.full.schedule
-        t0, t1 = schedule.t_of_lam(lam), schedule.t_of_lam(lam + h)
-        alpha, ones = schedule.alpha(t1), (1,) * (x.ndim - 1)
-
-        def of(w: Tensor) -> Tensor:
-            return w.to(x.dtype).view(-1, *ones)
-
-        y = x * of(schedule.sigma(t1) / schedule.sigma(t0)) + d * of(-alpha * torch.expm1(-h))
-        if change is None or over is None:
-            return y
-        # integral of s e^(s-h) over [0, h] = h - 1 + e^-h, by its series where that cancels
-        curve = torch.where(h > 1e-2, torch.expm1(-h) + h, h**2 / 2 - h**3 / 6 + h**4 / 24 - h**5 / 120)
-        return y + change * of(alpha * curve / over)
-
     def _leave(self) -> None:
         c = self.control
         arrived = self.lam >= self.lam_end - 1e-9
-        tired = ~arrived & (self.nfe[self.active] + ORDER + 1 > c.max_nfe)
+        most = c.pair.calls - (self.slope is not None) + 1  # the next step's, and the last prediction
+        tired = ~arrived & (self.nfe[self.active] + most > c.max_nfe)
         going = arrived | tired
         if not bool(going.any()):
             return
@@ -185,6 +170,7 @@ class _Run:
         self.active = everyone[stay]
         self.x, self.lam, self.h = self.x[stay], lam[stay], self.h[stay]
         self.previous_error = self.previous_error[stay]
+        self.slope = None if self.slope is None else self.slope[stay]
 
 
 def subset(denoiser: Denoiser, index: Tensor, batch: int) -> Denoiser:

@@ -103,6 +103,19 @@ class Denoiser:
             c_noise = x.new_full((x.shape[0],), noise_level, dtype=torch.float32)
         return self._denoise(x, c, c_noise)
 
+    def with_variance(self, x: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        """The denoised prediction, and beside it the network's variance output v of x's shape (Nichol and Dhariwal 2021, eq. 15:
+        -1 is the smallest variance, 1 the largest).
+
+        Raises:
+            FastdiffError: the network returns no second half of channels.
+        """
+        (c_in, c_skip, c_out), noise_level = self._levels.get(t) or self._at(t)
+        f = self.raw(x * c_in, x.new_full((x.shape[0],), noise_level, dtype=torch.float32)).to(x.dtype)
+        if f.shape == x.shape:
+            raise FastdiffError("this plan needs learned variance: a network that returns twice the channels of its input")
+        return x * c_skip + self._drop_variance(f, x) * c_out, f[:, x.shape[1] :]
+
     def raw(self, x: Tensor, c_noise: Tensor) -> Tensor:
         """The network's own output F for an input already scaled by c_in, in the network's dtype."""
         dtype = self.dtype

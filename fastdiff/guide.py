@@ -60,6 +60,13 @@ class Guided(Denoiser):
             return self.negative(x, t)
         return self._combine(x, self.positive(x, t), self.negative(x, t))
 
+    def with_variance(self, x: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        """The guided prediction, and the conditional network's variance output (as diffusers' DiT pipeline takes it)."""
+        if self.scale == 0.0 and self._acts(t):
+            return self.negative.with_variance(x, t)
+        d, v = self.positive.with_variance(x, t)
+        return (d if self.scale == 1.0 or not self._acts(t) else self._combine(x, d, self.negative(x, t))), v
+
     def _combine(self, x: Tensor, d: Tensor, n: Tensor) -> Tensor:
         guided = torch.lerp(n, d, self.scale)
         if self.rescale:

@@ -48,7 +48,11 @@ X0_ENTRY = ((0.0, 1.0),)  # the store that keeps the denoised prediction itself
 
 @dataclass(frozen=True)
 class Row:
-    """One evaluation. See the module's text; `draw` names the Brownian interval (from, to) of a new noise, or "free"."""
+    """One evaluation. See the module's text; `draw` names the Brownian interval (from, to) of a new noise, or "free".
+
+    `var` is learned variance: the noise drawn here is multiplied, element by element, by a factor between the two whose logs it
+    gives, by the network's second output v in [-1, 1] (log factor = low at v = -1, high at 1). The weights are those at factor 1.
+    """
 
     t: float
     alpha: float
@@ -80,6 +84,7 @@ class Step:
     next: tuple[tuple[int, float], ...]
     base: tuple[tuple[int, float], ...] | None
     free: tuple[int, ...]
+    var: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -117,6 +122,11 @@ class Plan:
         return sum(row.calls for row in self.rows)
 
     @property
+    def learned_variance(self) -> bool:
+        """Whether a row's noise is scaled by the network's second output."""
+        return any(row.var is not None for row in self.rows)
+
+    @property
     def draws(self) -> int:
         """Unit noises drawn, the start noise not counted."""
         return len(self.first.z) + sum(row.draw is not None for row in self.rows)
@@ -145,6 +155,8 @@ class Plan:
                 raise PlanError(f'plan {self.name}, row {i}: draw must be (from, to), "free" or None; given {row.draw!r}')
             if row.var is not None and not _is_pair(row.var):
                 raise PlanError(f"plan {self.name}, row {i}: var must be (log low, log high) or None; given {row.var!r}")
+            if row.var is not None and not (row.calls and row.draw is not None):
+                raise PlanError(f"plan {self.name}, row {i}: learned variance needs a network call and a drawn noise")
             if not all(math.isfinite(v) for v in (row.t, row.alpha, row.sigma)):
                 raise PlanError(f"plan {self.name}, row {i}: its time or level is not finite: {row.t}, {row.alpha}, {row.sigma}")
             for weights in (row.next, row.base):
@@ -354,5 +366,6 @@ def _compile(plan: Plan) -> tuple[Step, ...]:
         dead = [name for name in register if last_use[name] == i]
         step_next = sum_of(row.next.x, nxt)
         spare += [register.pop(name) for name in dead]
-        steps.append(Step(row.t, row.calls, stores, draw, step_next, base_sum, tuple(spare[len(spare) - len(dead):])))
+        free = tuple(spare[len(spare) - len(dead):])
+        steps.append(Step(row.t, row.calls, stores, draw, step_next, base_sum, free, row.var))
     return tuple(steps)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .brownian import shared_path
 from .errors import FastdiffError, NonFiniteError
 from .noise import NoiseSource, check_seeds, from_seeds
 from .plans import Plan
@@ -25,6 +26,7 @@ def sample(
     *,
     seeds: Sequence[int] | None = None,
     start: Tensor | None = None,
+    brownian: bool = False,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
     callback: Callback | None = None,
@@ -37,6 +39,7 @@ def sample(
         noise: unit start noise (B, *shape), scaled by the plan's starting sigma; or a NoiseSource for start and draws alike.
         seeds: one whole number a sample, for start and draws; the shape is the denoiser's. May go with `noise` or `start`.
         start: the model's own noisy state at the plan's start level, instead of noise.
+        brownian: the draws of an SDE solver are increments of one Brownian path a seed, the same at any number of steps.
         dtype: of the state, whatever the network's.
         callback: called with (row index, the point the next row evaluates) after every row.
 
@@ -48,6 +51,10 @@ def sample(
     if plan is None:
         raise FastdiffError("no plan given, and the checkpoint ships with none: make one with fd.plan(solver, denoiser, nfe=...)")
     state, source = begin(denoiser, plan, noise, seeds, start, dtype, device)
+    if brownian:
+        if seeds is None:
+            raise FastdiffError("a Brownian path belongs to a seed: give seeds= with brownian=True")
+        source = shared_path(seeds, plan)
     result = run(denoiser, plan, state, source, callback)
     # the one host sync, after the loop; the sum is 30 us cheaper than looking at each value, which a non-finite one then gets
     if not math.isfinite(result.sum()) and not bool(result.isfinite().all()):
@@ -84,6 +91,8 @@ def begin(
     if not given.is_floating_point():
         raise FastdiffError(f"noise and start must be floating point; given {given.dtype}")
     given = given.to(device=device, dtype=dtype)
+    if plan.learned_variance and not hasattr(denoiser, "with_variance"):
+        raise FastdiffError(f"plan {plan.name} needs learned variance: give an fd.Denoiser of a network that has it")
     if plan.draws and source is None:
         raise FastdiffError(f"plan {plan.name} draws {plan.draws} noises: give seeds= (one a sample) or a noise source")
     return (given if start is not None else given * plan.start[1]), source
@@ -111,12 +120,16 @@ def run(
                 registers[plan.first_noise] = z
     y = registers[0] = x
     for i, step in enumerate(plan.program):
-        d = denoiser(y, step.t) if step.call else None
+        d, v = None, None
+        if step.var is not None:
+            d, v = denoiser.with_variance(y, step.t)  # type: ignore[attr-defined]
+        elif step.call:
+            d = denoiser(y, step.t)
         for register, p, q in step.stores:
             registers[register] = d if p == 0.0 and q == 1.0 else _pair(y, p, d, q)
         del d  # what no later row reads is gone before the next call
         if step.draw is not None:
-            registers[step.draw] = draw()
+            registers[step.draw] = draw() if v is None or step.var is None else _scaled(draw(), v, *step.var)
         y = _sum(registers, step.next)
         if step.base is None:
             registers[0] = y
@@ -144,27 +157,45 @@ def _pair(y: Tensor, p: float, d: Tensor | None, q: float) -> Tensor:
     return (y * p).add_(d, alpha=q) if p else d * q
 
 
+def _scaled(z: Tensor, v: Tensor, low: float, high: float) -> Tensor:
+    """A noise of learned strength: the log of its factor goes from `low` at v = -1 to `high` at 1."""
+    return z * torch.exp((high - low) / 2 * v + (high + low) / 2)
+
+
 def _explain(denoiser: DenoiserLike, plan: Plan, state: Tensor, source: NoiseSource | None) -> None:
     """Runs again, looking at every prediction, to say where the first NaN or infinity came from."""
     if not bool(state.isfinite().all()):
         raise NonFiniteError("the start holds NaN or infinity")
-    row, overflow = 0, f"plan {plan.name} overflowed {state.dtype}, every prediction being finite: use a wider dtype="
+    overflow = f"plan {plan.name} overflowed {state.dtype}, every prediction being finite: use a wider dtype="
+    watched = _Watched(denoiser, len(plan.rows))
 
     def after(i: int, y: Tensor) -> None:
-        nonlocal row
-        row = i + 1
+        watched.row = i + 1
         if not bool(y.isfinite().all()):
             raise NonFiniteError(overflow)
 
-    def watched(y: Tensor, t: float) -> Tensor:
-        d = denoiser(y, t)
+    run(watched, plan, state, source, after)
+    raise NonFiniteError(overflow)
+
+
+class _Watched:
+    """A denoiser whose every output is looked at."""
+
+    def __init__(self, denoiser: DenoiserLike, rows: int) -> None:
+        self.denoiser, self.rows, self.row = denoiser, rows, 0
+
+    def __call__(self, y: Tensor, t: float) -> Tensor:
+        return self._checked(self.denoiser(y, t), t)
+
+    def with_variance(self, y: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        d, v = self.denoiser.with_variance(y, t)  # type: ignore[attr-defined]
+        return self._checked(d, t), self._checked(v, t)
+
+    def _checked(self, d: Tensor, t: float) -> Tensor:
         bad = ~d.isfinite().flatten(1).all(dim=1)
         if bool(bad.any()):
             raise NonFiniteError(
-                f"the network returned NaN or infinity at row {row} of {len(plan.rows)} (t = {t:g}) for {int(bad.sum())} of "
+                f"the network returned NaN or infinity at row {self.row} of {self.rows} (t = {t:g}) for {int(bad.sum())} of "
                 f"{len(bad)} samples, from a finite input; check its precision and its conditioning"
             )
         return d
-
-    run(watched, plan, state, source, after)
-    raise NonFiniteError(overflow)

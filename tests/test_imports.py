@@ -18,7 +18,8 @@ HEAVY = ("triton", "onnx", "onnxruntime", "diffusers", "matplotlib", "PIL", "skl
 LAYERS = [
     {"errors"}, {"files"}, {"shipped"}, {"schedule"}, {"prediction", "grid", "coeffs"},
     {"plans"}, {"solvers"}, {"kernels"}, {"ops"},
-    {"noise", "denoiser"}, {"guide", "sampling"}, {"adaptive", "models", "graph", "patching"}, {"checkpoints"},
+    {"noise", "denoiser"}, {"guide", "sampling", "brownian", "pairs"}, {"adaptive", "models", "graph", "patching"},
+    {"checkpoints"},
     {"metrics"}, {"training", "tasks", "compat"}, {"bench"}, {"distill", "tuning"}, {"export"}, {"cli"}, {"__main__"},
 ]  # fmt: skip
 RANK = {part: i for i, layer in enumerate(LAYERS) for part in layer}

@@ -5,6 +5,7 @@ converged   the endpoints of 256 seeds by which the demo measures paired errors 
 quality     the figures of the model itself: a converged sampler at n = 10,000, and with guidance at n = 2,048
 quick, full the records of both presets, with their pictures; full-2048 the second half of the full preset, after it
 plans       the plans tuned for the checkpoint at 4 to 10 calls; tuned: their record on 2,048 seeds beside the best of a search
+analytic    the record of every solver on every grid at every budget on analytic data: needs no checkpoint
 card        the model card and the README's figures, from the checkpoint's own record and those above
 """
 
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 
 from .. import files
-from ..bench import Bench
+from ..bench import Bench, analytic
 from ..bench.cells import Cell, Setup, full_cells, quick_cells, tuned_cells
 from ..bench.converged import GRID, SHIPPED_FILE, SOLVER, rmse, shipped
 from ..bench.results import versions
@@ -35,7 +36,7 @@ from . import figures, tuned
 from .bench import BEST, FEW, best, measure
 from .console import console, progress_bar
 
-STAGES = ("model", "converged", "quality", "plans", "tuned", "quick", "full", "full-2048", "card")
+STAGES = ("model", "converged", "quality", "plans", "tuned", "quick", "full", "full-2048", "analytic", "card")
 QUALITY = {"solver": "ipndm-3", "grid": "beta", "nfe": 20}  # the converged sampler of the figures; its error is in the record
 PROBES = [Cell("unipc-2", "uniform_t", 20), Cell("ipndm-3", "beta", 20)]  # the smallest errors that a preset reports
 SIZES = ((10_000, 1.0), (2048, 2.0))  # (n, guidance): what the model card says
@@ -94,6 +95,14 @@ def quality(denoiser: Denoiser, out: Path) -> None:
     anchors = {str(n): scorer.anchor(n) for n, _ in SIZES}
     record = {**head, "rmse": error, "versions": versions(), "anchors": anchors, "rows": rows}
     files.write_text(path, json.dumps(record, indent=1) + "\n")
+
+
+def cross_product(out: Path) -> None:
+    """analytic.json: the cross product of solvers, grids and budgets on data whose denoiser is known."""
+    with progress_bar() as bar:
+        task = bar.add_task("analytic", total=None)
+        record = analytic.measure(progress=lambda name, cells: bar.update(task, advance=cells, description=name))
+    files.write_text(out / "analytic.json", analytic.to_json({**record, "versions": versions()}))
 
 
 def preset(denoiser: Denoiser, name: str, work: Path, out: Path, compile: bool) -> None:
@@ -194,6 +203,8 @@ def main() -> None:
             denoiser = load("fashion-mnist")
         elif stage == "tuned":
             tuned.tuned(denoiser, args.work, args.records, args.compile)
+        elif stage == "analytic":
+            cross_product(args.records)
         elif stage == "card":
             card(denoiser, args.records)
             figures.write(args.records.parent.parent / "README.md", args.records)

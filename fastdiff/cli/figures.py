@@ -8,8 +8,11 @@ from typing import Any
 
 from .. import files
 from ..bench.converged import FRACTION
+from . import budgets, solver_table
 
 START, END = "<!-- figures -->\n", "<!-- end of figures -->"
+GUIDE = ("<!-- guide -->\n", "<!-- end of guide -->")
+SOLVERS = ("<!-- solvers -->\n", "<!-- end of solvers -->")
 LINES = ("ddim · uniform_t", "dpmpp-2m · uniform_lambda", "unipc-2 · uniform_t", "ipndm-3 · beta", "tuned")
 BUDGETS = (5, 8, 10, 20)
 
@@ -22,11 +25,19 @@ def text(records: Path) -> str:
     return "\n\n".join([_solvers(full), _tuned(tuned), _model(quality)]) + "\n"
 
 
+def guide(records: Path) -> str:
+    """The block on budgets: from the full preset's record and from the analytic one."""
+    full, exact = (json.loads((records / name).read_text()) for name in ("full/results.json", "analytic.json"))
+    return "\n\n".join([budgets.shipped(full), budgets.analytic(exact)]) + "\n"
+
+
 def write(readme: Path, records: Path) -> None:
-    """Replaces the block in the README."""
-    before, rest = readme.read_text().split(START)
-    after = rest.split(END)[1]
-    files.write_text(readme, before + START + text(records) + END + after)
+    """Replaces the generated blocks of the README."""
+    whole = readme.read_text()
+    for (start, end), block in (((START, END), text(records)), (GUIDE, guide(records)), (SOLVERS, solver_table.markdown())):
+        before, rest = whole.split(start)
+        whole = before + start + block + end + rest.split(end)[1]
+    files.write_text(readme, whole)
 
 
 def _solvers(record: dict[str, Any]) -> str:

@@ -26,15 +26,10 @@ def solvers(
     """List every solver with its order, cost and recommended grid; with a name, all that is known of that one."""
     from ..solvers import list_solvers
     from ..solvers.registry import find
+    from . import solver_table
 
-    chosen = list_solvers().values() if name is None else [find(name)]
-    entries: dict[str, dict[str, Any]] = {
-        s.name: {
-            "order": s.order, "full_order": s.full_order or s.order, "nfe_per_step": s.nfe_per_step, "stochastic": s.stochastic,
-            "grid": s.grid, "options": s.options, "source": s.source, "aliases": list(s.aliases), "why_no_order": s.why_no_order,
-        }
-        for s in chosen
-    }  # fmt: skip
+    chosen = list(list_solvers().values()) if name is None else [find(name)]
+    entries = {s.name: solver_table.entry(s) for s in chosen}
     if as_json:
         typer.echo(json.dumps(entries, indent=1))
         return
@@ -45,14 +40,12 @@ def solvers(
                 if value != "":
                     console.print(f"  {key}: {_plain(value)}", markup=False, highlight=False, soft_wrap=True)
         return
-    table = Table("name", "order", "NFE/step", "kind", "grid", "source", box=None)
-    for solver, e in entries.items():
-        full = f" ({e['full_order']})" if e["full_order"] > e["order"] else ""
-        order = f"{e['order']}{full}" if e["order"] else "-"
-        table.add_row(solver, order, str(e["nfe_per_step"]), "SDE" if e["stochastic"] else "ODE", e["grid"], e["source"])
+    table = Table(*solver_table.COLUMNS, box=None)
+    for s in chosen:
+        table.add_row(*solver_table.cells(s))
     table.columns[0].no_wrap = table.columns[4].no_wrap = True
     console.print(table, markup=False)
-    say("order: with the default start (with start=rk), weak order for an SDE; `fastdiff solvers NAME` has options and aliases")
+    say(f"{solver_table.LEGEND}; `fastdiff solvers NAME` has options and aliases")
 
 
 def info(

@@ -9,6 +9,7 @@ from .few_step import build_consistency, build_lcm, build_tcd
 from .first_order import build_ddim, build_ddpm, build_euler, build_euler_ancestral
 from .heun import build_heun
 from .info import Counting, Options, entry
+from .langevin import annealed_counts, build_annealed_langevin, build_predictor_corrector, correcting_counts
 from .linear import (
     build_dpm_singlestep,
     build_exponential,
@@ -25,6 +26,7 @@ from .unipc import build_sa, build_unipc
 
 # Calls of the first steps with start="rk", by order: a step of order k - 1 where the earlier evaluations are too few for it
 RK = {1: (), 2: (), 3: (2,), 4: (3, 3)}
+LANGEVIN = "Langevin steps sample a level for as long as they run: their bias depends on their size, not on the grid's"
 FEW_STEP = "a distilled model's own process, which changes with the number of steps"
 
 
@@ -129,6 +131,10 @@ STOCHASTIC = [
           bind={"order": 3, "published": True}),
     entry("euler-maruyama", build_euler_maruyama, 1, "Song et al. 2021", stochastic=True, grid="uniform_t"),
     entry("restart", build_restart, 2, "Xu et al. 2023", stochastic=True, nfe_per_step=2, counting=restart_counts),
+    entry("predictor-corrector", build_predictor_corrector, 0, "Song et al. 2021, alg. 2-5", stochastic=True, nfe_per_step=2,
+          grid="uniform_t", counting=correcting_counts, why_no_order=LANGEVIN, aliases=("pc",)),
+    entry("annealed-langevin", build_annealed_langevin, 0, "Song and Ermon 2019", stochastic=True, nfe_per_step=3,
+          counting=annealed_counts, why_no_order=LANGEVIN, aliases=("ncsn", "ald")),
 ]  # fmt: skip
 DISTILLED = [
     entry("lcm", build_lcm, 0, "Luo et al. 2023", stochastic=True, grid="uniform_t", why_no_order=FEW_STEP,

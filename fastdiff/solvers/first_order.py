@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from ..errors import FastdiffError
 from ..grid import Grid
 from ..plans import Plan, Weights
@@ -28,20 +30,22 @@ def build_euler_ancestral(schedule: NoiseSchedule, grid: Grid, *, eta: float = 1
 
 
 def build_ddpm(schedule: NoiseSchedule, grid: Grid, *, variance: str = "small") -> Plan:
-    """DDPM's ancestral step (Ho et al. 2020, eq. 7), posterior variance "small" (beta-tilde) or "large" (beta).
+    """DDPM's ancestral step (Ho et al. 2020, eq. 7), posterior variance "small" (beta-tilde), "large" (beta) or "learned",
+    between the two by the network's second output (Nichol and Dhariwal 2021, eq. 15; diffusers' learned_range).
 
     The large variance has more noise than the posterior: the spread is waived.
     """
-    if variance not in ("small", "large"):
-        raise FastdiffError(f'variance must be "small" or "large"; given {variance!r}')
+    if variance not in ("small", "large", "learned"):
+        raise FastdiffError(f'variance must be "small", "large" or "learned"; given {variance!r}')
     rows = []
     for a, b in zip(grid.nodes, grid.nodes[1:], strict=False):
         w = ancestral(a, b)
+        larger = a.sigma / b.sigma if w.z else 1.0  # beta/beta-tilde is its square: beta = 1 - alpha_a^2/alpha_b^2 where VP
         if variance == "large" and w.z:
-            # beta = 1 - alpha_a^2/alpha_b^2 on a variance-preserving schedule, in general (sigma_a/sigma_b)^2 of beta-tilde
-            w = Weights(w.x, w.h, (w.z[0] * a.sigma / b.sigma,))
-        rows.append(row(a, w, draw=(a.t, b.t) if w.z else None))
-    spread = "exact" if variance == "small" else "waived: the large variance exceeds the posterior's"
+            w = Weights(w.x, w.h, (w.z[0] * larger,))
+        var = (0.0, math.log(larger)) if variance == "learned" and w.z else None
+        rows.append(row(a, w, draw=(a.t, b.t) if w.z else None, var=var))
+    spread = "exact" if variance == "small" else f"waived: the {variance} variance exceeds the posterior's"
     return Plan("ddpm", tuple(rows), **ends(grid), stochastic=True, spread=spread)
 
 

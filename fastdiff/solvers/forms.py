@@ -8,6 +8,7 @@ families are the same two loops (one-step and multistep) over a form, and all we
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +29,7 @@ ADAMS_BASHFORTH = {
 }  # fmt: skip
 
 
-class Form:
+class Form(ABC):
     """The base of all forms: denoised predictions, no noise."""
 
     to_clean = False  # whether a step to sigma = 0 may interpolate: not where the coordinate is infinite there
@@ -37,9 +38,9 @@ class Form:
         """What an evaluation at `node` keeps."""
         return X0_ENTRY
 
+    @abstractmethod
     def weights(self, nodes: Sequence[Node], a: Node, b: Node) -> tuple[float, list[float]]:
         """Weight on the base at a, and on the entries kept at `nodes`, newest first."""
-        raise NotImplementedError
 
     def noise(self, a: Node, b: Node) -> float:
         """Standard deviation of the fresh noise of a step from a to b."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from ..errors import FastdiffError
-from ..grid import Grid, Node
+from ..grid import Grid, Node, node_at_lam
 from ..plans import Plan, Weights
 from ..schedule import NoiseSchedule
 from .churn import lift_between
@@ -59,43 +61,72 @@ def restart_counts(
 ) -> tuple[tuple[int, ...], dict[str, Any]]:
     """Calls of the grid's steps, and how many repeats a budget allows: fewer than asked for where it is too small."""
     repeats, length, after = (options.get(k, v) for k, v in (("repeats", 1), ("length", 2), ("after", 2)))
-    _check_restart(repeats, length, after)
+    interval = options.get("interval")
+    _check_restart(repeats, length, after, interval)
+    room = length + after if interval is None else 1  # steps that must lie around the turn
     for k in range(repeats, -1, -1):
         left = None if calls is None else calls - 2 * k * length
         if left is not None and left < 1:
             continue
         counts = call_counts(2, left, steps, False, to_zero)
-        if k == 0 or len(counts) > length + after:
+        if k == 0 or len(counts) > room:
             break
     return counts, {**options, "repeats": k}
 
 
-def _check_restart(repeats: int, length: int, after: int) -> None:
+def _check_restart(repeats: int, length: int, after: int, interval: tuple[float, float] | None) -> None:
     if not all(isinstance(v, int) for v in (repeats, length, after)) or repeats < 0 or length < 1 or after < 2:
         given = f"{repeats}, {length}, {after}"
         raise FastdiffError(f"restart needs whole numbers repeats >= 0, length >= 1 and after >= 2; given {given}")
+    if interval is not None and not (len(interval) == 2 and 0 < interval[0] < interval[1] < math.inf and after == 2):
+        raise FastdiffError(f"restart's interval is (low, high) in sigma/alpha, 0 < low < high, and after= does not go with it; "
+                            f"given {interval}, after = {after}")  # fmt: skip
 
 
 def build_restart(
-    schedule: NoiseSchedule, grid: Grid, *, counts: Sequence[int], repeats: int = 1, length: int = 2, after: int = 2
-) -> Plan:
-    """Restart sampling (Xu et al. 2023, algorithm 1) on Heun's method: `after` steps before the end, noise is added back up to
-    the level `length` steps earlier, and those steps are run again, `repeats` times."""
+    schedule: NoiseSchedule, grid: Grid, *, counts: Sequence[int], repeats: int = 1, length: int = 2, after: int = 2,
+    interval: tuple[float, float] | None = None,
+) -> Plan:  # fmt: skip
+    """Restart sampling (Xu et al. 2023, algorithm 1) on Heun's method: from a node of the grid noise is added back up to a higher
+    level, from where `length` steps lead down again, `repeats` times.
+
+    The node lies `after` steps before the end and the level `length` steps before the node; or, with an interval (low, high) in
+    sigma/alpha as in the paper, the node is the one nearest to low, the level is high, and the steps between are karras'.
+    """
     check_counts(counts, grid, 2)
-    _check_restart(repeats, length, after)
-    turn = grid.steps - after  # the node from which noise leads back up
-    again = [*range(turn - length, turn)] * repeats
-    order = [*range(turn), *again, *range(turn, grid.steps)] if repeats else [*range(grid.steps)]
+    _check_restart(repeats, length, after, interval)
+    path = list(zip(grid.nodes, grid.nodes[1:], counts, strict=False))
+    if repeats:
+        turn = grid.steps - after if interval is None else _nearest(grid, interval)
+        down = list(grid.nodes[turn - length : turn + 1])
+        if interval is not None:
+            down = _between(schedule, interval[1], grid.nodes[turn], length)
+        again = [(a, b, 2) for a, b in itertools.pairwise(down)]
+        path = [*path[:turn], *again * repeats, *path[turn:]]
     tape = Tape()
-    for n, i in enumerate(order):
-        a, b = grid.nodes[i], grid.nodes[i + 1]
-        found, draw = _heun(a, b, counts[i], n), None
-        if n + 1 < len(order) and order[n + 1] != i + 1:
-            scale, fresh = lift_between(b, grid.nodes[order[n + 1]])
+    for n, (a, b, calls) in enumerate(path):
+        found, draw = _heun(a, b, calls, n), None
+        if n + 1 < len(path) and path[n + 1][0].t != b.t:
+            scale, fresh = lift_between(b, path[n + 1][0])
             node, key, point = found[-1]
             found[-1], draw = (node, key, Sum(point.x * scale, point.scaled(scale).h, ((key, fresh),))), "free"
         add_stages(tape, Denoised(), found, draw=draw)
     return Plan("restart", tuple(tape.rows), **ends(grid), order=2, stochastic=repeats > 0)
+
+
+def _nearest(grid: Grid, interval: tuple[float, float]) -> int:
+    """The node inside the grid nearest to the interval's lower level."""
+    inner = [i for i, node in enumerate(grid.nodes) if i and node.sigma > 0.0 and node.u < interval[1]]
+    if not inner or interval[1] > grid.nodes[0].u:
+        raise FastdiffError(f"restart's interval {interval} must hold a node of the grid below its upper end, and lie below its "
+                            f"noisiest level, {grid.nodes[0].u:g}: give more steps or another interval")  # fmt: skip
+    return min(inner, key=lambda i: abs(math.log(grid.nodes[i].u / interval[0])))
+
+
+def _between(schedule: NoiseSchedule, high: float, low: Node, length: int) -> list[Node]:
+    """The nodes of `length` steps from sigma/alpha = high down to a node, as karras spaces them."""
+    us = np.linspace(high ** (1 / 7), low.u ** (1 / 7), length + 1)[:-1] ** 7
+    return [*(node_at_lam(schedule, -math.log(u)) for u in us), low]
 
 
 def _heun(a: Node, b: Node, calls: int, n: int) -> list[Stage]:

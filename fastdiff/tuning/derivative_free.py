@@ -58,7 +58,7 @@ class NodeSearch:
         self.source = table.plan("start", {})
         self.distribution = Distribution(torch.cat([p.target for p in validation]))
         self.start = measure(self.source, validation, self.distribution)
-        self.scale = max(self.start.rmse * ROUNDING, 1e-6)
+        self.scale = max(self.start.rmse, 1e-5) * ROUNDING[1]
         self.best, self.best_score, self.step = self.source, self.start, 0
         self.values: dict[str, float] = {}
         self._lowest = math.inf

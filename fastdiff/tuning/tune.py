@@ -23,7 +23,7 @@ from .targets import Pairs, Score, measure
 TARGET_STEP = 0.25  # of the relaxed target's radius: how far a start may move in one update
 
 
-ROUNDING = 1 / 16
+ROUNDING = 1 / 2, 1 / 64  # at the first and the last step
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class TuneConfig:
 
     `relax` is the radius of the ball in which each training pair's start may move, in units of its own norm (LD3, Tong et al.
     2024, eq. 8); `distribution` the weight of the MMD term; both 0 = off. `rounding` is the error below which the loss is a
-    square, in units of the start's RMSE: large values make it the squared error.
+    square, in units of the start's RMSE, at the first and the last step: it falls geometrically, so that the table first finds
+    its place by large errors and then loses the small ones. Large values make it the squared error.
     """
 
     steps: int = 250
@@ -42,13 +43,13 @@ class TuneConfig:
     validate_every: int = 20
     relax: float = 0.0
     distribution: float = 0.0
-    rounding: float = ROUNDING
+    rounding: tuple[float, float] = ROUNDING
     checkpointing: bool = False
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch < 2 or not self.lr > 0 or self.validate_every < 1:
             raise FastdiffError(f"tuning needs steps, validate_every >= 1, batch >= 2 and lr > 0; given {asdict(self)}")
-        if not (self.relax >= 0 and self.distribution >= 0 and self.rounding > 0):
+        if not (self.relax >= 0 and self.distribution >= 0 and min(self.rounding) > 0):
             raise FastdiffError(f"relax and distribution must not be negative, and rounding positive; given {asdict(self)}")
 
 
@@ -108,7 +109,6 @@ class Tuner:
         self.optimiser = torch.optim.Adam(trainable, lr=config.lr, eps=1e-15)  # gradients of late nodes are tiny
         self.moved = [torch.zeros_like(p.noise) for p in train] if config.relax else []
         self.start = measure(self.source, validation, self.distribution)
-        self.scale = max(self.start.rmse * config.rounding, 1e-6)
         self.best, self.best_score, self.step = self.source, self.start, 0
         self.seconds = 0.0  # spent on steps and validation, of all runs together
         self._check_gradients()
@@ -154,6 +154,12 @@ class Tuner:
                 self.moved[group][index] = relaxed(self.moved[group][index], noise.grad, c.relax)
         self.step += 1
         return float(loss.detach())
+
+    @property
+    def scale(self) -> float:
+        """The loss's scale at this step."""
+        first, last = self.config.rounding
+        return max(self.start.rmse, 1e-5) * first * (last / first) ** (self.step / self.config.steps)
 
     def _consider(self) -> None:
         candidate = self.table.plan(self.source.name, {})

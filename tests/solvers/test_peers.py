@@ -101,6 +101,7 @@ NOT_FROZEN = {
     "dpmpp-3m", "dpmpp-3m-sde", "dpmpp-3s", "dpm-solver-3m", "dpm-solver-3s", "res-3m", "ipndm-1", "ipndm-2", "ipndm-3",
     "deis-log-rho-1", "deis-tab-1", "deis-tab-2", "deis-tab-3", "deis-tab-4", "rk4", "gradient-estimation", "er-sde-1",
     "er-sde-2", "er-sde-3", "er-sde-3-compat", "euler-maruyama", "restart", "sa-solver-pece", "consistency",
+    "predictor-corrector", "annealed-langevin",
 }  # fmt: skip
 
 COVERED = [run for run in RUNS if ours(run)]

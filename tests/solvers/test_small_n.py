@@ -19,7 +19,12 @@ SCHEDULES = {
 }
 FULL_NOISE = ("flow", "zero_snr", "discrete_zero_snr")
 SOLVERS = list(fd.list_solvers())
-INEXACT = {"euler-maruyama", "consistency"}  # they declare it, and have tests of their own
+INEXACT = {"euler-maruyama", "consistency", "predictor-corrector", "annealed-langevin"}  # they declare it, and are tested apart
+# The weights of equal steps, on grids that are far from equal, multiply differences of large terms: what their table rounds off
+# (9e-11 seen) comes on top of the bound that all others keep
+EQUAL_STEPS = {"plms", "pndm"}
+# From t = 1 of flow their error is that of the first step, of one length whatever the number of steps: 1.1e-5 at 192 calls
+FIRST_STEP_LEFT = {"dpm-solver-3s", "dpm-fast"}
 NOISE = np.linspace(-2.0, 2.0, 7)
 
 
@@ -68,10 +73,10 @@ def test_constant_data_is_met_exactly(name, nfe, schedule):
     start = 0.7 * plan.start[0] * unit[0] + plan.start[1] * unit[1]
     points = interpret(plan, lambda y, alpha, sigma: 0.7 * unit[0], start, unit[2:])
     for point, row, (_, _, rounding) in zip(points, plan.rows, plan.moments(), strict=False):
-        bound = 1e-11 * math.hypot(row.alpha, row.sigma) + rounding  # eps from high noise is a difference of large terms
+        bound = 1e-11 * math.hypot(row.alpha, row.sigma) + rounding * (name in EQUAL_STEPS)
         assert abs(point[0] - 0.7 * row.alpha) < bound
         assert abs(np.linalg.norm(point[1:]) - row.sigma) < bound
-    np.testing.assert_allclose(points[-1], 0.7 * unit[0], rtol=0, atol=1e-11 + plan.moments()[-1][2])
+    np.testing.assert_allclose(points[-1], 0.7 * unit[0], rtol=0, atol=1e-11 + plan.moments()[-1][2] * (name in EQUAL_STEPS))
 
 
 @pytest.mark.parametrize("schedule", ["vp_cosine", "edm", "flow"])
@@ -110,8 +115,8 @@ def test_full_noise_start_converges(name, schedule):
         return np.abs(result(plan, GAUSSIAN.denoise, start) - GAUSSIAN.flow(start, plan.start, plan.end)).max()
 
     coarse, fine = error(48), error(192)
-    # 2e-5: what the first step, of one length whatever the number of steps, leaves in the end
-    assert math.log(coarse / fine, 4) >= fd.list_solvers()[name].order - 0.4 or fine < 2e-5
+    left = schedule == "flow" and name in FIRST_STEP_LEFT and fine < 2e-5
+    assert math.log(coarse / fine, 4) >= fd.list_solvers()[name].order - 0.4 or left
 
 
 @pytest.mark.parametrize("name", ["heun", "dpmpp-2s", "dpmpp-3s"])
@@ -137,5 +142,7 @@ def test_steps_count_intervals():
             lower = (info.nfe_per_step - 1) * (end == "zero")
             if name == "sa-solver-pece":
                 lower = 1  # no second evaluation at the start
+            if name == "annealed-langevin":
+                lower = 2  # the last step is one prediction, to any end
             extra = {"plms": 1, "pndm": 9}.get(name, 0)  # of the first step, of the first three
             assert plan.nfe == 4 * info.nfe_per_step - lower + extra, name
