@@ -14,6 +14,7 @@ FLOATS = {
     "mean_out", "rstd_out", "mean_in", "rstd_in", "means", "squares", "p_out", "q_out", "p_in", "q_in", "group_p", "group_q",
 }  # fmt: skip
 STRIDES = {"xb", "xc", "xs", "rb", "rc", "rs", "yb", "yc", "ys"}
+OPTIONAL = {"residual", "weight", "bias", "scale", "shift", "total", "dtotal"}
 ONE_READ = {"one_read": forward.one_read, "one_read_backward": backward.one_read_backward}
 SPLIT = {"moments": forward.moments, "apply": forward.apply, "sums": backward.sums, "apply_backward": backward.apply_backward}
 
@@ -28,12 +29,17 @@ class Case:
     divisible: set[str]  # by 16, of which Triton makes a variant of its own
 
 
-def case(name, kernel, dtype, channels_last, blocks, aligned=True):
-    """A kernel with everything switched on; the contiguous stride is the constant 1, as Triton specialises it."""
+def case(name, kernel, dtype, channels_last, blocks, aligned=True, bare=False):
+    """A kernel with everything switched on, or bare: without what may be left out.
+
+    The contiguous stride is the constant 1, as Triton specialises it.
+    """
     constants = {"SILU": True, **{k: v for k, v in blocks.items() if k != "num_warps"}}
     types = {}
     for argument in kernel.arg_names:
-        if argument in POINTERS:
+        if bare and argument in OPTIONAL:
+            constants[argument] = None
+        elif argument in POINTERS:
             types[argument] = f"*{dtype}"
         elif argument in FLOATS:
             types[argument] = "*fp32"
@@ -46,7 +52,7 @@ def case(name, kernel, dtype, channels_last, blocks, aligned=True):
     layout = "nhwc" if channels_last else "nchw"
     divisible = {n for n, kind in types.items() if aligned and (kind.startswith("*") or n in STRIDES)}
     size = f"{blocks.get('BLOCK_C', 1)}x{blocks.get('BLOCK_S', blocks.get('BLOCK', 1))}"
-    title = f"{name} {dtype} {layout} {size}{' aligned' if aligned else ''}"
+    title = f"{name} {dtype} {layout} {size}{' aligned' if aligned else ''}{' bare' if bare else ''}"
     return Case(title, kernel, types, constants, blocks.get("num_warps", 4), divisible)
 
 
@@ -66,7 +72,10 @@ def cases(everything):
         shapes = [(320, 4096)] + ([(3, 70), (1280, 64)] if everything else [])
         for name, kernel in SPLIT.items():
             for channels, positions in shapes:
-                yield case(name, kernel, dtype, channels_last, forward.Split.of(channels, positions, channels_last).blocks)
+                blocks = forward.Split.of(channels, positions, channels_last).blocks
+                yield case(name, kernel, dtype, channels_last, blocks)
+        for name, kernel in {**ONE_READ, **(SPLIT if everything else {})}.items():
+            yield case(name, kernel, dtype, channels_last, {"BLOCK_C": 4, "BLOCK_S": 1024, "num_warps": 4}, bare=True)
     yield case("combine", forward.combine, "fp32", False, {"BLOCK": 1024})
     for splits in (1, 8, 64) if everything else (64,):
         yield case("totals", backward.totals, "bf16", False, {"BLOCK_C": 16, "BLOCK_SPLITS": splits})
