@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .group_norm import Norm, flat, like
-from .group_norm_triton import ONE_READ_BACKWARD, Split, at, before_activation, gain_offset, on_chip, tile
+from .group_norm_triton import ONE_READ_BACKWARD, Split, aligned, at, before_activation, gain_offset, on_chip, tile
 
 
 @triton.jit
@@ -138,7 +138,7 @@ def backward(
     affine, rows = (norm.weight, norm.bias, norm.scale, norm.shift), norm.rows
     per_group = channels // norm.groups
     strides = (*v.stride(), *out.stride())
-    if blocks := on_chip(per_group, positions, ONE_READ_BACKWARD):
+    if blocks := on_chip(per_group, positions, ONE_READ_BACKWARD if aligned(v, out, *given) else ONE_READ_BACKWARD // 2):
         one_read_backward[(batch * norm.groups,)](
             v, *given, *affine, mean, rstd, dx, p, q, norm.groups, per_group, positions, *strides, *rows, SILU=norm.silu,
             **blocks,

@@ -67,7 +67,7 @@ def cases(everything):
             for per_group, positions in dict.fromkeys(shapes):
                 blocks = forward.on_chip(per_group, positions, limit)
                 yield case(name, kernel, dtype, channels_last, blocks)
-                if name != "one_read" or per_group * positions < limit:
+                if per_group * positions < limit:
                     yield case(name, kernel, dtype, channels_last, blocks, aligned=False)
         shapes = [(320, 4096)] + ([(3, 70), (1280, 64)] if everything else [])
         for name, kernel in SPLIT.items():
