@@ -1,9 +1,9 @@
 """Stage `export` of benches/gpu.sh: engines of the shipped model on a GPU, compared with the eager sampler and timed against it.
 
-    python benches/gpu_export.py --out out/gpu/export.json                   # exports here: onnx, onnxscript and onnxruntime
-    python benches/gpu_export.py --engine FOLDER --out out/gpu/export.json   # exported elsewhere: needs no onnx, no onnxscript
+    benches/gpu.sh --only export                        # exports here: needs onnx, onnxscript and onnxruntime
+    benches/gpu.sh --only export -- --engine FOLDER     # exported elsewhere: needs no onnx, no onnxscript
 
-Exit 3 and one line where something is missing. Every provider that is here is run: the folder's TensorRT engine, and ONNX
+Every provider that is here is run: the folder's TensorRT engine, and ONNX
 Runtime's tensorrt and cuda. Medians of rounds that take turns, the device synchronised on both ends.
 """
 
@@ -21,12 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_record import SKIPPED, keep, show
 
 import fastdiff as fd
 from fastdiff.errors import FastdiffError
-from fastdiff.files import write_text
 
-SKIPPED = 3
 PROVIDERS = ("engine", "tensorrt", "cuda")
 
 
@@ -98,23 +97,24 @@ def main() -> int:
     options.add_argument("--engine", type=Path, help="a folder that `fastdiff export` wrote of the shipped model")
     options.add_argument("--nfe", type=int, default=8)
     options.add_argument("--rounds", type=int, default=20)
-    options.add_argument("--out", type=Path, required=True)
     given = options.parse_args()
     if why := missing(given.engine is None):
         print(f"export: skipped: {why}")
         return SKIPPED
-    found: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "results": {}}
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = given.engine or made(Path(name), given.nfe)
-        found["manifest"] = json.loads((folder / "manifest.json").read_text())
+        built = json.loads((folder / "manifest.json").read_text())
         for batch in (1, 16):
             calls, refused = runs(folder, batch)
             images = {who: call() for who, call in calls.items()}
-            off = {who: float(abs(x - images["eager"]).max()) for who, x in images.items()}
-            result = {"seconds": measure(calls, given.rounds), "largest_difference": off, "refused": refused}
-            found["results"][f"batch {batch}"] = result
-            print(f"export: batch {batch}: {json.dumps(result)}")
-    write_text(given.out, json.dumps(found, indent=1) + "\n")
+            for who, seconds in measure(calls, given.rounds).items():
+                off = float(abs(images[who] - images["eager"]).max())
+                rows.append({"batch": batch, "runs": who, "ms": 1000 * seconds, "largest_difference": off,
+                             "precision": built["precision"], "nfe": given.nfe})  # fmt: skip
+            rows += [{"batch": batch, "runs": who, "refused": why} for who, why in refused.items()]
+    show(rows)
+    keep("export", rows)
     return 0
 
 

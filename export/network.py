@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from ..denoiser import Denoiser
 from ..errors import FastdiffError
 from .graph import DOUBLE, FLOAT, IR, Graph, clean, value
@@ -244,7 +245,7 @@ def export_module(module: nn.Module, example: tuple[Tensor, ...], opset: int, an
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
                 module, example, dynamo=True, opset_version=opset, dynamic_shapes=shapes if any_batch else None, verbose=False,
-                custom_translation_table={torch.ops.aten.scalar_tensor.default: _scalar},
+                custom_translation_table={torch.ops.aten.scalar_tensor.default: _scalar, **ops.onnx_table()},
             )  # fmt: skip
     except Exception as e:
         raise FastdiffError(f"this network cannot be exported: {_why(e)}") from e

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +18,30 @@ def group_norm_silu(
 
     Shapes: x (B, C, *spatial); weight, bias (C,); scale, shift (B, C) or None. Returns x's shape and dtype.
     """
-    y = F.group_norm(x, groups, weight.to(x.dtype), bias.to(x.dtype), eps)
-    if scale is not None and shift is not None:
-        ones = (1,) * (x.ndim - 2)
-        y = torch.addcmul(shift.view(*shift.shape, *ones), y, 1 + scale.view(*scale.shape, *ones))
-    return F.silu(y) if silu else y
+    from .kernels import group_norm as fused
+
+    if x.device.type != "cuda":  # the op would make the same numbers, and the statistics that only its gradient needs
+        return fused.reference(x, fused.Norm(groups, weight, bias, eps, scale, shift, silu))
+    return torch.ops.fastdiff.group_norm(x, groups, weight, bias, eps, scale, shift, silu)[0]
+
+
+def backends() -> dict[str, str]:
+    """What each op runs on here: "triton", or "torch" and why."""
+    from .kernels.availability import missing_triton
+
+    reason = missing_triton(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return {
+        "group_norm_silu": "triton" if reason is None else f"torch ({reason})",
+        "attention": "torch (no kernel yet)",
+        "combine": "torch (no kernel yet)",
+    }
+
+
+def onnx_table() -> dict[Any, Any]:
+    """The fused ops for torch.onnx.export(..., custom_translation_table=): a network on a GPU is traced with them inside."""
+    from .kernels import group_norm as fused
+
+    return fused.onnx_table()
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ def info(
 def _environment() -> dict[str, Any]:
     import torch
 
-    from .. import __version__
+    from .. import __version__, ops
     from ..checkpoints import SHIPPED
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -81,6 +81,7 @@ def _environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "cuda": [torch.cuda.get_device_name(i) for i in range(count)],
+        "kernels": ops.backends(),
         "installed": [name for name, here in present.items() if here],
         "not installed": [name for name, here in present.items() if not here],
         "shipped models": list(SHIPPED),

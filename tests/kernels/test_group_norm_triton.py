@@ -1,0 +1,198 @@
+"""The Triton kernels of the GroupNorm family, in the interpreter against float64 and through the compiler for three GPUs."""
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from group_norm_inputs import arguments, tensor
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastdiff.kernels import group_norm as m
+
+HERE = Path(__file__).parent
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def kernels():
+    from fastdiff.kernels import group_norm_backward_triton, group_norm_triton
+
+    return group_norm_triton, group_norm_backward_triton
+
+
+@pytest.fixture
+def split(monkeypatch):
+    """Nothing fits on chip and tiles are small, so that few programs make several tiles, splits and channel blocks."""
+    import triton
+
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9) and tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4):
+        pytest.skip("the interpreter of triton 3.6 cannot loop up to a loaded number with numpy 2.4 (3.9 can)")
+    forward, backward = kernels()
+    monkeypatch.setattr(forward, "ONE_READ", 0)
+    monkeypatch.setattr(backward, "ONE_READ_BACKWARD", 0)
+    cut = forward.Split.of
+    monkeypatch.setattr(forward.Split, "of", lambda c, s, last: dataclasses.replace(cut(c, s, last), **small(s)))
+
+
+def small(positions):
+    parts = math.ceil(positions / 32)
+    splits = min(2, parts)
+    return {"block_c": 4, "block_s": 32, "splits": splits, "tiles": math.ceil(parts / splits)}
+
+
+def wide(norm):
+    return m.Norm(*(v.double() if isinstance(v, torch.Tensor) else v for v in dataclasses.astuple(norm)))
+
+
+def error(got, want):
+    return (got.double() - want).abs().max().item()
+
+
+def agree(x, norm, residual=None):
+    """Forward and backward against float64: at most twice torch's own error in that dtype, plus one unit of rounding."""
+    forward, backward = kernels()
+    y, total, mean, rstd = forward.forward(x, norm, residual)
+    if residual is None:
+        total = x
+    else:
+        assert torch.equal(total, x + residual) and total.is_contiguous(memory_format=m.layout(x))
+    assert y.dtype == x.dtype and y.is_contiguous(memory_format=m.layout(x))
+    exact = m.reference(total.double(), wide(norm))
+    unit = torch.finfo(x.dtype).eps
+    assert error(y, exact) <= 2 * error(m.reference(total, norm), exact) + unit * exact.abs().max().item()
+    dy, more = tensor(x.shape, x.dtype, seed=20) - 3, tensor(x.shape, x.dtype, seed=21)
+    statistics = m.statistics(total.double(), wide(norm))
+    want = m.backward_reference(dy.double(), total.double(), *statistics, wide(norm), more.double())
+    own = m.backward_reference(dy, total, *m.statistics(total, norm), norm, more)
+    got = backward.backward(dy, total, mean, rstd, norm, more)
+    for ours, torchs, right in zip(got, own, want, strict=True):
+        scale = torch.finfo(ours.dtype).eps * right.abs().max().item()
+        assert error(ours, right) <= 2 * error(torchs, right) + 4 * scale
+
+
+def norm_of(x, groups, **options):
+    return m.Norm(*arguments(x, groups, **options))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_read(dtype):
+    x = tensor((2, 6, 3, 5), dtype)
+    agree(x, norm_of(x, 2), tensor(x.shape, dtype, seed=1))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_split(split, dtype, channels_last):
+    x = tensor((1, 6, 9, 11), dtype, channels_last=channels_last)
+    agree(x, norm_of(x, 2), tensor(x.shape, dtype, seed=1))
+
+
+@pytest.mark.parametrize("affine", ["", "weight", "weight bias"])
+def test_without_parts(affine):
+    x = tensor((1, 4, 7))
+    agree(x, norm_of(x, 2, affine=affine, silu=False))
+
+
+def test_video_in_channels_last():
+    x = tensor((1, 4, 2, 3, 3), channels_last=True)
+    agree(x, norm_of(x, 2))
+
+
+def test_inputs_that_are_views():
+    whole = tensor((2, 8, 4, 5))
+    for x in (whole[:, 2:6], whole[:, :4, ::2], whole[:, :4].transpose(2, 3), whole[:, :4, :, :1].expand(-1, -1, -1, 2)):
+        agree(x, norm_of(x, 2))
+    x = tensor((2, 4, 4, 5))
+    forward, _ = kernels()
+    added = tensor((2, 4, 1, 1), seed=3)  # an embedding: one value a sample and channel, never copied out
+    y, total, _, _ = forward.forward(x, norm_of(x, 2), added.expand_as(x))
+    assert torch.equal(total, x + added)
+    torch.testing.assert_close(y, m.reference(x + added, norm_of(x, 2)))
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_no_access_outside(cut, request):
+    """Every tensor lies between walls of NaN: what is read beyond one poisons a result, what is written breaks a wall."""
+    if cut:
+        request.getfixturevalue("split")
+    forward, _ = kernels()
+    x, residual, weight = (guarded(tensor(s, seed=i)) for i, s in enumerate([(1, 6, 5, 7), (1, 6, 5, 7), (6,)]))
+    norm = m.Norm(2, weight[1], weight[1], 1e-5, None, None, True)
+    walls = [x, residual, weight]
+    empty = torch.empty_like
+
+    def fenced(like, **options):
+        walls.append(guarded(empty(like, **options)))
+        return walls[-1][1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(m, "like", fenced)
+        patch.setattr(forward, "like", fenced)
+        y, total, _, _ = forward.forward(x[1], norm, residual[1])
+    torch.testing.assert_close(total, x[1] + residual[1], rtol=0, atol=0)
+    torch.testing.assert_close(y, m.reference(total, norm))
+    for buffer, inner in walls:
+        edge = (buffer.numel() - inner.numel()) // 2
+        assert buffer[:edge].isnan().all() and buffer[-edge:].isnan().all()
+    assert len(walls) == 5
+
+
+def guarded(x):
+    buffer = torch.full((x.numel() + 256,), torch.nan)
+    inner = buffer[128:-128].view(x.shape)
+    return buffer, inner.copy_(x)
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_sample_does_not_depend_on_its_neighbours(cut, request):
+    if cut:
+        request.getfixturevalue("split")
+    forward, _ = kernels()
+    x = tensor((2, 4, 6, 6))
+    both = forward.forward(x, norm_of(x, 2, affine="weight"))[0]
+    assert torch.equal(forward.forward(x[1:], norm_of(x[1:], 2, affine="weight"))[0], both[1:])
+
+
+def test_statistics_survive_a_large_mean(split):
+    """E[x^2] - E[x]^2 in float32 would leave nothing of a variance of 4 beside a mean of 10,000."""
+    x = tensor((1, 4, 10, 10)) + 10_000
+    forward, _ = kernels()
+    _, _, mean, rstd = forward.forward(x, norm_of(x, 2))
+    exact = m.statistics(x.double(), norm_of(x, 2))
+    torch.testing.assert_close(mean.double(), exact[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(rstd.double(), exact[1], rtol=1e-4, atol=0)
+
+
+@pytest.mark.slow
+@settings(max_examples=25)
+@given(st.data())
+def test_any_shape(data):
+    groups, per_group = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 5))
+    shape = (data.draw(st.integers(1, 2)), groups * per_group, *data.draw(st.lists(st.integers(1, 9), max_size=3)))
+    dtype = data.draw(st.sampled_from(DTYPES))
+    x = tensor(shape, dtype, channels_last=len(shape) > 3 and data.draw(st.booleans()))
+    norm = norm_of(x, groups, affine=data.draw(st.sampled_from(["", "weight bias", "weight bias scale"])))
+    residual = tensor(shape, dtype, seed=1) if data.draw(st.booleans()) else None
+    if per_group * x[0, 0].numel() > 1:  # a variance of one value is noise over zero
+        agree(x, norm, residual)
+
+
+@pytest.mark.parametrize("everything", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_compiled_kernels_do_not_spill(everything):
+    """sm_80, sm_90 and sm_100, without a GPU: registers within what the block's threads may have, 48 KB, no local memory."""
+    command = [sys.executable, HERE / "cubins.py", "group_norm", *(["--all"] if everything else [])]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    out = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert out.returncode == 0, out.stderr
+    found = [json.loads(line) for line in out.stdout.splitlines()]
+    assert len({f["kernel"].split()[0] for f in found}) == 8 and {f["sm"] for f in found} == {80, 90, 100}
+    for f in found:
+        assert f["spill"] == 0 and f["shared"] <= 48 * 1024 and f["registers"] * f["threads"] <= 65536, f
