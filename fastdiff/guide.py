@@ -99,10 +99,11 @@ def cfg(
     negative: Mapping[str, Any] | None = None,
     interval: tuple[float, float] = (0.0, math.inf),
     rescale: float = 0.0,
-) -> Guided:
+) -> Denoiser:
     """Classifier-free guidance (Ho and Salimans 2022): D_negative + scale (D_cond - D_negative).
 
     Args:
+        scale: a student that takes the scale as an input (Meng et al. 2023) gets it bound: one call, and its plan stays.
         cond, negative: conditioning bound to the two evaluations; a class-conditional network of our own needs no
             `negative`: its null class is used.
         interval: sigma/alpha range (low, high] where guidance acts; elsewhere one call (Kynkäänniemi et al. 2024).
@@ -115,6 +116,8 @@ def cfg(
         given = f"{scale}, {rescale}, {interval}"
         raise FastdiffError(f"guidance needs scale >= 0, rescale in [0, 1] and a rising interval; given {given}")
     positive = denoiser.bind(**(cond or {}))
+    if getattr(denoiser.network, "guidance_range", None) is not None:
+        return _as_input(positive, scale, plain=negative is None and interval == (0.0, math.inf) and not rescale)
     if negative is None:
         null = getattr(denoiser.network, "null_label", None)
         labels = positive.cond.get("class_labels")
@@ -122,3 +125,12 @@ def cfg(
             raise FastdiffError("guidance needs negative={...}: this network has no null class, or no class_labels are bound")
         negative = {"class_labels": torch.full_like(labels, null)}
     return Guided(positive, denoiser.bind(**negative), float(scale), interval, float(rescale))
+
+
+def _as_input(denoiser: Denoiser, scale: float, plain: bool) -> Denoiser:
+    low, high = denoiser.network.guidance_range  # type: ignore[attr-defined]
+    if not plain:
+        raise FastdiffError("a student of guidance takes its scale as an input: no negative=, interval= or rescale=")
+    if not low <= scale <= high:
+        raise FastdiffError(f"this student knows guidance scales {low:g} to {high:g}; given {scale:g}")
+    return denoiser.bind(guidance=float(scale))
