@@ -31,7 +31,7 @@ from .tune import TRAIN_SEED, VALIDATION_SEED, best_table, tables_of, write
 
 BUDGETS = (4, 5, 6, 8, 10)
 PAIRS, HELD = 512, 256
-CONFIG = TuneConfig(steps=150, lr=0.05, validate_every=50)
+CONFIG = TuneConfig(steps=300, lr=0.05, validate_every=50)
 HELD_OUT = 2048
 DRAWS = 200  # of the bootstrap of Frechet distances
 
@@ -49,19 +49,23 @@ def plans(denoiser: Denoiser, work: Path) -> None:
     """plans/nfe-NN.json beside the checkpoint, from a search and a tuning run for each budget."""
     train, held = pairs_of(denoiser, work)
     for nfe in BUDGETS:
-        searched, tuned = work / f"search-{nfe}.json", work / f"plan-{nfe}.json"
-        if not searched.exists():
-            found = candidates(denoiser.schedule, nfe)
-            rows = [{"line": r.plan.name, "rmse": r.rmse, "low": r.low, "high": r.high, "behind": r.behind}
-                    for r in halving(found, held)]  # fmt: skip
-            files.write_text(searched, json.dumps({"candidates": len(found), "seeds": HELD, "finalists": rows}, indent=1) + "\n")
-        best = json.loads(searched.read_text())["finalists"][0]
+        best, tuned = search(denoiser, nfe, held, work / f"search-{nfe}.json")["finalists"][0], work / f"plan-{nfe}.json"
         console.print(f"{nfe} calls, hand-made: {best['line']} {best['rmse']:.4f}")
         if not tuned.exists():
             tune(denoiser, nfe, train, held, tuned)
         made = Plan.load(tuned)
         console.print(f"{nfe} calls, tuned: {made.provenance['validation']['after']['rmse']:.4f}")
         write_hashed(FASHION_MNIST / "plans" / f"nfe-{nfe:02d}.json", tuned.read_bytes())
+
+
+def search(denoiser: Denoiser, nfe: int, held: Pairs, path: Path) -> dict[str, Any]:
+    """The best of the registry at one budget, on the validation pairs; kept at `path`."""
+    if not path.exists():
+        found = candidates(denoiser.schedule, nfe)
+        rows = [{"line": r.plan.name, "rmse": r.rmse, "low": r.low, "high": r.high, "behind": r.behind}
+                for r in halving(found, held)]  # fmt: skip
+        files.write_text(path, json.dumps({"candidates": len(found), "seeds": HELD, "finalists": rows}, indent=1) + "\n")
+    return dict(json.loads(path.read_text()))
 
 
 def tune(denoiser: Denoiser, nfe: int, train: Pairs, held: Pairs, out: Path) -> None:
