@@ -1,5 +1,6 @@
 """Guided distillation, segment consistency, consistency tuning: what their targets are, and that their students learn."""
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -8,6 +9,8 @@ import tiny
 import torch
 
 import fastdiff as fd
+from fastdiff.bench import Bench, Setup
+from fastdiff.bench.cells import tuned_cells
 from fastdiff.distill import ECT, Consistency, Distiller, Guided, Progressive, Settings, Trajectory
 from fastdiff.distill.guided import contrast
 from fastdiff.distill.method import Batch
@@ -54,13 +57,23 @@ def test_the_student_is_the_teacher_before_the_first_update(method, teacher, ima
 
 
 def test_the_guided_target_is_guidance_at_each_samples_scale(teacher):
-    scales = torch.tensor([1.0, 1.5, 2.0, 3.0, 4.0, 5.0])
-    b, t = batch(6, scales), torch.linspace(0.1, 0.9, 6)
-    got = contrast(teacher.bind(class_labels=b.labels), b)(b.noise, t)
-    size = float(got.abs().max())
+    scales = torch.tensor([1.0, 1.5, 2.0, 3.0, 4.0, 5.0], dtype=torch.float64)
+    b, t = batch(6, scales), torch.linspace(0.1, 0.9, 6).double()
+    den, z = copy.deepcopy(teacher).to(dtype=torch.float64), b.noise.double()
+    got = contrast(den.bind(class_labels=b.labels), b)(z, t)
     for i, scale in enumerate(scales.tolist()):
-        one = fd.guide.cfg(teacher.bind(class_labels=b.labels[i : i + 1]), scale)
-        torch.testing.assert_close(got[i : i + 1], one(b.noise[i : i + 1], t[i : i + 1]), rtol=0, atol=2e-6 * size)
+        one = fd.guide.cfg(den.bind(class_labels=b.labels[i : i + 1]), scale)
+        torch.testing.assert_close(got[i : i + 1], one(z[i : i + 1], t[i : i + 1]), rtol=0, atol=1e-11)
+
+
+def test_a_benchmark_measures_a_student_with_its_own_plan_and_guidance(teacher, images, tmp_path):
+    student = Distiller(teacher, Guided(start=2, steps=2, updates=1, batch=4), tmp_path, images).run()
+    setup = Setup(6, guidance=3.0)
+    (cell,) = tuned_cells(student, setup)
+    bench = Bench(student, setup, tmp_path / "bench", None)
+    record, x = bench._cell(cell, None)
+    assert cell.saved == student.plan and record["network_calls"] == 2 and x.shape == (6, 1, 8, 8)
+    assert tuned_cells(teacher, setup) == []
 
 
 def test_a_guided_student_learns_what_two_calls_of_the_teacher_say(teacher, images, tmp_path):

@@ -22,7 +22,7 @@ def test_two_processes_are_one_run(name, tmp_path):
     command = [*torchrun, WORKER, name, checkpoint, data, tmp_path / "two"]
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    method = Progressive(4, 2, updates=2, batch=4) if name == "progressive" else Trajectory(2, updates=2, batch=4, calls=1)
+    method = Progressive(4, 2, updates=2, batch=4) if name == "progressive" else Trajectory(2, updates=2, batch=4, calls=2)
     images = load_images(data) if method.needs_data else None
     one = Distiller(fd.load(checkpoint), method, tmp_path / "one", images, Settings(accumulate=2)).run()
     two = fd.load(tmp_path / "two")

@@ -11,6 +11,6 @@ from fastdiff.training.data import load_images
 
 name, checkpoint, data, out = sys.argv[1:]
 torch.set_num_threads(1)
-settings = {"progressive": {"start": 4, "steps": 2}, "trajectory": {"steps": 2, "calls": 1}}[name]
+settings = {"progressive": {"start": 4, "steps": 2}, "trajectory": {"steps": 2, "calls": 2}}[name]
 method = METHODS[name](updates=2, batch=4, **settings)
 Distiller(fd.load(checkpoint), method, Path(out), load_images(data) if method.needs_data else None).run()
