@@ -54,8 +54,8 @@ def test_bad_input_is_one_line(fastdiff, teacher, tmp_path, arguments, said):
 
 
 def test_a_guided_student_samples_at_its_scale_in_one_call(fastdiff, teacher, tmp_path):
-    code, _, err = fastdiff("distill", teacher, "--method", "guided", "--scales", "1,4", "--start", 4, "--steps", 2,
-                            "--updates", 1, "--batch", 4, "--data", tiny.npz(tmp_path / "x.npz"), "--out", tmp_path / "s")  # fmt: skip
+    code, _, err = fastdiff("distill", teacher, "--method", "guided", "--scales", "1,4", "--start", 4, "--steps", 2, "--batch", 4,
+                            "--updates", 1, "--data", tiny.npz(tmp_path / "x.npz"), "--out", tmp_path / "s")  # fmt: skip
     assert code == 0, err
     code, out, err = fastdiff("sample", tmp_path / "s", "--guidance", 3, "--seeds", "0", "--out", tmp_path / "p")
     assert code == 0 and "guidance 3: 2 network calls a sample" in out, (out, err)
