@@ -69,7 +69,8 @@ class Denoiser:
     @property
     def guidance(self) -> float | None:
         """The scale of classifier-free guidance; 1 = none; None where more than a scale describes it."""
-        return 1.0
+        bound = self.cond.get("guidance", 1.0)  # of a network that takes the scale as an input
+        return bound if isinstance(bound, float) else None
 
     @property
     def num_classes(self) -> int:

@@ -89,9 +89,10 @@ def cells(solvers: Sequence[str], grids: Sequence[str] | None, nfes: Sequence[in
 
 
 def tuned_cells(denoiser: Denoiser, setup: Setup) -> list[Cell]:
-    """The plans tuned for this checkpoint and guidance, as one line."""
+    """The plans tuned for this checkpoint and guidance, as one line; and the plan that a student ships with."""
     den = setup.batches(denoiser)[0][1]
-    return [Cell("tuned", "plan", plan.nfe, plan) for plan in den.tuned if den.why_not(plan) is None]
+    own = [] if den.plan is None else [Cell("student", "plan", den.plan.nfe, den.plan)]
+    return own + [Cell("tuned", "plan", plan.nfe, plan) for plan in den.tuned if den.why_not(plan) is None]
 
 
 def quick_cells() -> list[Cell]:

@@ -6,6 +6,7 @@ quality     the figures of the model itself: a converged sampler at n = 10,000, 
 quick, full the records of both presets, with their pictures; full-2048 the second half of the full preset, after it
 plans       the plans tuned for the checkpoint at 4 to 10 calls; tuned: their record on 2,048 seeds beside the best of a search
 analytic    the record of every solver on every grid at every budget on analytic data: needs no checkpoint
+distill-*   students, by `--only` alone: see `fastdiff.cli.distilled` (they need --data)
 card        the model card and the README's figures, from the checkpoint's own record and those above
 """
 
@@ -32,11 +33,13 @@ from ..checkpoints import load, native
 from ..denoiser import Denoiser
 from ..sampling import sample
 from ..shipped import FASHION_MNIST, write_hashed
-from . import figures, tuned
+from ..training.data import load_images
+from . import distilled, figures, tuned
 from .bench import BEST, FEW, best, measure
 from .console import console, progress_bar
 
 STAGES = ("model", "converged", "quality", "plans", "tuned", "quick", "full", "full-2048", "analytic", "card")
+STUDENTS = ("distill-teacher", *(f"distill-{name}" for name in distilled.RECIPES), "distill-table")  # only by name: hours
 QUALITY = {"solver": "ipndm-3", "grid": "beta", "nfe": 20}  # the converged sampler of the figures; its error is in the record
 PROBES = [Cell("unipc-2", "uniform_t", 20), Cell("ipndm-3", "beta", 20)]  # the smallest errors that a preset reports
 SIZES = ((10_000, 1.0), (2048, 2.0))  # (n, guidance): what the model card says
@@ -138,6 +141,17 @@ def card(denoiser: Denoiser, out: Path) -> None:
     files.write_text(FASHION_MNIST / "README.md", text)
 
 
+def students(denoiser: Denoiser, what: str, data: Path | None, work: Path, out: Path) -> None:
+    """One of the stages of `distilled`."""
+    if what == "teacher":
+        distilled.teacher_record(denoiser, out)
+    elif what == "table":
+        files.write_text(out / "DISTILL.md", distilled.table(out))
+    else:
+        images = load_images(data) if data else None
+        distilled.student_record(denoiser, distilled.RECIPES[what], images, work / f"distill-{what}", out)
+
+
 def _card_row(name: str, row: dict[str, Any]) -> str:
     distance = "-" if row["fd_clf"] is None else f"{row['fd_clf']:.4f}"
     kid = f"{1e3 * row['kid_clf']:.2f} ± {1e3 * row['kid_error']:.2f}"
@@ -182,11 +196,12 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(STAGES), help="stages, comma-separated")
     parser.add_argument("--records", type=Path, default=Path("benches/results"))
     parser.add_argument("--work", type=Path, default=Path("out/artefacts"), help="where finished cells are kept")
+    parser.add_argument("--data", type=Path, help="the training images, for the students of distill-METHOD")
     parser.add_argument("--compile", action="store_true", help="run the network of the long records through torch.compile")
     args = parser.parse_args()
     stages = args.only.split(",")
-    if unknown := set(stages) - set(STAGES):
-        parser.error(f"unknown stage {', '.join(sorted(unknown))}; allowed: {', '.join(STAGES)}")
+    if unknown := set(stages) - {*STAGES, *STUDENTS}:
+        parser.error(f"unknown stage {', '.join(sorted(unknown))}; allowed: {', '.join((*STAGES, *STUDENTS))}")
     if args.checkpoint and "model" in stages:
         install(args.checkpoint)
         shutil.rmtree(args.work, ignore_errors=True)
@@ -203,6 +218,8 @@ def main() -> None:
             denoiser = load("fashion-mnist")
         elif stage == "tuned":
             tuned.tuned(denoiser, args.work, args.records, args.compile)
+        elif stage in STUDENTS:
+            students(denoiser, stage.removeprefix("distill-"), args.data, args.work, args.records)
         elif stage == "analytic":
             cross_product(args.records)
         elif stage == "card":

@@ -12,57 +12,101 @@ from .pictures import check_folder
 from .running import interrupts, plot_losses
 
 if TYPE_CHECKING:
-    from ..distill import Method
+    from ..distill import Distiller, Method, Progress
+    from ..distill.view import View
 
 
 def distill(
     out: Annotated[Path, typer.Option(help="run folder: model.safetensors (the latest finished stage), state.pt, loss.png")],
     teacher: Annotated[str, typer.Argument(help=CHECKPOINT_HELP)] = "fashion-mnist",
-    method: Annotated[str, typer.Option(help="progressive (halves the steps, needs --data) or trajectory")] = "progressive",
+    method: Annotated[str, typer.Option(help="progressive, guided, trajectory, consistency or ect")] = "progressive",
     steps: Annotated[int, typer.Option(min=1, help="network calls of the student")] = 4,
-    start: Annotated[int | None, typer.Option(help="progressive: the teacher's steps, --steps times a power of two")] = None,
+    start: Annotated[int | None, typer.Option(help="progressive, guided: first steps, --steps times a power of two")] = None,
     updates: Annotated[int | None, typer.Option(min=1, help="optimiser steps of each stage")] = None,
-    batch: Annotated[int | None, typer.Option(min=1)] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="images an update, all processes and parts together")] = None,
     lr: Annotated[float | None, typer.Option(help="learning rate at the start of each stage; falls linearly to 0")] = None,
     solver: Annotated[str | None, typer.Option(help="solver of the teacher inside a student step")] = None,
     calls: Annotated[int | None, typer.Option(min=1, help="teacher calls inside a student step")] = None,
-    weighting: Annotated[str | None, typer.Option(help="progressive: truncated, snr+1 or x0")] = None,
+    weighting: Annotated[str | None, typer.Option(help="truncated, snr+1 or x0 (progressive, guided, consistency)")] = None,
+    scales: Annotated[str | None, typer.Option(help="guided: lowest and highest guidance scale, such as 1,5")] = None,
+    segments: Annotated[int | None, typer.Option(min=0, help="consistency: 1, or 0 for as many as steps")] = None,
+    inner: Annotated[int | None, typer.Option(min=1, help="consistency: points in a segment")] = None,
+    self_ema: Annotated[float | None, typer.Option(min=0, max=1, help="consistency: decay of what makes the targets")] = None,
+    ema: Annotated[float | None, typer.Option(min=0, max=1, help="consistency, ect: decay of the saved average")] = None,
+    phases: Annotated[int | None, typer.Option(min=1, help="ect: stages of ever closer pairs")] = None,
     data: Annotated[Path | None, typer.Option(help=".npz or folder of images, where the method needs them")] = None,
+    accumulate: Annotated[int, typer.Option(min=1, help="parts of a batch on each process: less memory")] = 1,
+    bf16: Annotated[bool, typer.Option(help="bfloat16 autocast; weights stay float32")] = False,
+    checkpointing: Annotated[bool, typer.Option(help="compute activations twice: less memory, more time")] = False,
+    view_every: Annotated[int, typer.Option(min=0, help="updates between looks at the student: report.html; 0 = none")] = 0,
+    view_n: Annotated[int, typer.Option(min=8, help="samples of a look; KID needs 20")] = 128,
     seed: int = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="torch threads; exact resuming needs the same")] = None,
     save_every: Annotated[float, typer.Option(help="seconds between checkpoints")] = 60.0,
 ) -> None:
-    """Distil a student; it is saved with its plan, so that `fastdiff sample` and `bench` need no flags. Resumes by itself."""
+    """Distil a student; it is saved with its plan, so that `fastdiff sample` and `bench` need no flags. Resumes by itself; under
+    `torchrun` the processes share each batch."""
     import torch
 
     from ..checkpoints import load
-    from ..distill import Distiller, Progress
+    from ..distill import Distiller, Settings
+    from ..distill.view import View, need_pictures
     from ..training.data import load_images
 
     if threads:
         torch.set_num_threads(threads)
     given = {"steps": steps, "start": start, "updates": updates, "batch": batch, "lr": lr, "solver": solver, "calls": calls,
-             "weighting": weighting}  # fmt: skip
+             "weighting": weighting, "scales": parse_scales(scales), "segments": segments, "inner": inner, "self_ema": self_ema,
+             "ema": ema, "phases": phases}  # fmt: skip
     recipe = make_method(method, {k: v for k, v in given.items() if v is not None})
+    if view_every:
+        need_pictures()
     check_folder(out)
-    run = Distiller(load(teacher), recipe, out, load_images(data) if data else None, seed)
+    settings = Settings(seed, accumulate=accumulate, bf16=bf16, checkpointing=checkpointing)
+    run = Distiller(load(teacher), recipe, out, load_images(data) if data else None, settings)
+    follow(run, View(run, view_every, view_n) if view_every and run.world.first else None, save_every)
+    if run.world.first:
+        plot_losses(run.losses, out / "loss.png")
+        say(f"{out / 'model.safetensors'}: {method}, {run.stages[-1].steps} network calls; `fastdiff sample {out}` runs it")
+
+
+def follow(run: Distiller, view: View | None, save_every: float) -> None:
+    """Runs to the end, with a progress bar and, where there is a view, looks at the student on the way and a page at the end."""
     total = sum(stage.updates for stage in run.stages)
-    if run.stage or run.update:
-        say(f"resuming {out} at stage {run.stage + 1} of {len(run.stages)}, update {run.update}")
+    if run.world.first and (run.stage or run.update):
+        say(f"resuming {run.out} at stage {run.stage + 1} of {len(run.stages)}, update {run.update}")
     with progress_bar() as bar, interrupts() as interrupted:
         task = bar.add_task("distill", total=total)
 
         def show(p: Progress) -> None:
             done = sum(stage.updates for stage in run.stages[: p.stage]) + p.update
             what = f"{run.stages[p.stage].steps} steps  loss {p.loss:.4f}  {p.images_per_second:.0f} images/s"
+            if view is not None and (line := view.look(p, done)):
+                say(line)
             bar.update(task, completed=done, description=what)
             if interrupted():
                 raise KeyboardInterrupt
 
-        student = run.run(show, save_every)
-    plot_losses(run.losses, out / "loss.png")
-    assert student.plan is not None
-    say(f"{out / 'model.safetensors'}: {method}, {student.plan.nfe} network calls; `fastdiff sample {out}` runs it")
+        run.run(show, save_every)
+    if view is not None:
+        say(f"{view.finish()} has the curves, teacher and student side by side")
+
+
+def parse_scales(text: str | None) -> tuple[float, float] | None:
+    """ "1,5" -> (1.0, 5.0).
+
+    Raises:
+        FastdiffError: not two numbers; their order is the network's to check.
+    """
+    from ..errors import FastdiffError
+
+    if text is None:
+        return None
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError as e:
+        raise FastdiffError(f"--scales takes the lowest and the highest scale, such as 1,5; given {text!r}") from e
+    return low, high
 
 
 def make_method(name: str, settings: dict[str, Any]) -> Method:
@@ -79,6 +123,6 @@ def make_method(name: str, settings: dict[str, Any]) -> Method:
     if name not in METHODS:
         raise FastdiffError(f"--method must be one of {', '.join(METHODS)}; given {name!r}")
     known = {f.name for f in dataclasses.fields(METHODS[name]) if not f.name.startswith("_")}  # type: ignore[arg-type]
-    if unknown := [k for k in settings if k not in known]:
-        raise FastdiffError(f"method {name} has no setting {', '.join('--' + k for k in unknown)}; leave it out")
+    if unknown := ["--" + k.replace("_", "-") for k in settings if k not in known]:
+        raise FastdiffError(f"method {name} has no setting {', '.join(unknown)}; leave it out")
     return METHODS[name](**settings)

@@ -27,6 +27,8 @@ def train(
     time_scale: Annotated[float, typer.Option(help="the network gets time_scale * t; 0 = t (edm: log-noise)")] = 1000.0,
     ema: Annotated[float, typer.Option(min=0, max=1)] = 0.999,
     label_dropout: Annotated[float, typer.Option(min=0, max=1, help="fraction of labels made the null class")] = 0.1,
+    vlb: Annotated[float, typer.Option(min=0, help="learn DDPM's variance too: weight of its bound, usually 0.001")] = 0.0,
+    vlb_steps: Annotated[int, typer.Option(min=2, help="steps of the chain whose bound that is")] = 1000,
     clip: Annotated[float, typer.Option(help="largest gradient norm")] = 1.0,
     bf16: Annotated[bool, typer.Option(help="bfloat16 autocast of the network")] = False,
     seed: int = 0,
@@ -55,7 +57,7 @@ def train(
         raise FastdiffError(f"--schedule and --network take JSON: {e}") from e
     config = TrainConfig(
         steps, batch, lr, warmup, schedule_config, prediction, weighting, times, time_scale or None, ema,
-        label_dropout, clip, bf16, seed, network_config,
+        label_dropout, clip, bf16, seed, network_config, vlb=vlb, vlb_steps=vlb_steps,
     )  # fmt: skip
     check_folder(out)
     if source is not None and network_config:

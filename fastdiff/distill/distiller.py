@@ -18,10 +18,33 @@ from ..denoiser import Denoiser
 from ..errors import FastdiffError
 from ..files import write_bytes
 from ..training.data import Images, batch_indices
+from ..training.parallel import join, local
 from ..training.resume import check_same, read_state
 from .method import Batch, Method, Stage
+from .students import check_data, frozen, student_network, with_network
 
 REPEATED = 10  # steps with a non-finite gradient that stop a run
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run computes. A stage's batch is the global one: `accumulate` parts on each process of `torchrun` make it up.
+
+    Args:
+        clip: largest gradient norm.
+        bf16: bfloat16 autocast of student, teacher and targets; the weights and their optimiser stay float32.
+        checkpointing: activations are computed again in the backward pass: less memory, about a third more time.
+    """
+
+    seed: int = 0
+    clip: float = 1.0
+    accumulate: int = 1
+    bf16: bool = False
+    checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        if self.accumulate < 1 or not self.clip > 0:
+            raise FastdiffError(f"accumulate must be at least 1 and clip positive; given {self.accumulate}, {self.clip:g}")
 
 
 @dataclass
@@ -47,15 +70,25 @@ class Distiller:
     """
 
     def __init__(
-        self, teacher: Denoiser, method: Method, out: Path, data: Images | None = None, seed: int = 0, clip: float = 1.0
+        self, teacher: Denoiser, method: Method, out: Path, data: Images | None = None, settings: Settings | None = None
     ) -> None:
-        if not isinstance(teacher.network, nn.Module) or not teacher.info:
-            raise FastdiffError("a teacher is a checkpoint of fastdiff's own format: its description goes into the student's")
+        self.method, self.out, self.data, self.settings = method, out, data, settings or Settings()
         self.source, self.stages = teacher, method.stages()
-        _check_data(teacher, method, data)
-        self.method, self.out, self.data, self.seed, self.clip = method, out, data, seed, clip
-        self.teacher = _with_network(teacher, teacher.network)
-        self.student = _with_network(teacher, copy.deepcopy(teacher.network))
+        network = student_network(teacher, method)
+        check_data(teacher, method, data)
+        self.world = join()
+        self.parts = self.settings.accumulate * self.world.size
+        _check_parts(self.stages, self.parts)
+        for stage in self.stages:
+            method.plan(stage, teacher.schedule)  # now rather than at the stage's end
+        network.checkpointing = self.settings.checkpointing
+        self.network: nn.Module = network
+        self.averages = {name: frozen(copy.deepcopy(self.network)) for name in method.averages()}
+        assert isinstance(teacher.network, nn.Module)
+        self.teacher = with_network(teacher, frozen(teacher.network))
+        self._wrapped = self.world.wrap(self.network)  # the student's gradients, shared between processes
+        self.student = with_network(teacher, self._wrapped)
+        self.target = with_network(teacher, self.averages.get("target", self.network))
         self.stage = self.update = self.skipped = 0
         self.losses: list[float] = []
         self._begin()
@@ -65,6 +98,11 @@ class Distiller:
     @property
     def finished(self) -> bool:
         return self.stage == len(self.stages)
+
+    @property
+    def saved_network(self) -> nn.Module:
+        """What a finished stage saves: the average of the weights where the method keeps one."""
+        return self.averages.get("final", self.network)
 
     def run(self, callback: Callable[[Progress], None] | None = None, save_every: float = 60.0) -> Denoiser:
         """Trains to the end of the last stage; an exception saves the updates done. Returns the student with its plan."""
@@ -87,65 +125,89 @@ class Distiller:
         finally:
             if images and not self.finished:
                 self.save()
+        self.world.wait()
         return native.load(self.out / "model.safetensors")
 
     def step(self, stage: Stage) -> float:
-        """One update, on the material that (seed, stage, update) determine."""
-        batch = self._batch(stage)
-        network = self._network
+        """One update, on the material that (seed, stage, update) and the number of parts determine."""
         for group in self.optimiser.param_groups:
             group["lr"] = stage.lr * (1 - self.update / stage.updates)
-        student, teacher = self.student, self.teacher
-        if batch.labels is not None:
-            student, teacher = (d.bind(class_labels=batch.labels) for d in (student, teacher))
-        loss = self.method.loss(student, teacher, batch)
         self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(network.parameters(), self.clip)
+        count, total = self.settings.accumulate, 0.0
+        for i in range(count - 1):
+            with local(self._wrapped):
+                total += self._backward(stage, self.world.rank * count + i)
+        total += self._backward(stage, self.world.rank * count + count - 1)
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.settings.clip)
         if bool(norm.isfinite()):
             self.optimiser.step()
+            self._update_averages()
         else:
-            self.skipped += 1
-            if self.skipped >= REPEATED:
-                raise FastdiffError(f"{REPEATED} updates had a non-finite gradient (the last is {self.update}): lower the rate")
+            self._skip()
         self.update += 1
-        self.losses.append(float(loss.detach()))
+        self.losses.append(self.world.mean(total))
         return self.losses[-1]
 
-    @property
-    def _network(self) -> nn.Module:
-        assert isinstance(self.student.network, nn.Module)
-        return self.student.network
+    def _backward(self, stage: Stage, part: int) -> float:
+        """Adds the gradient of one part of the batch; its share of this process's loss."""
+        batch = self._batch(stage, part)
+        bound: dict[str, Any] = {} if batch.labels is None else {"class_labels": batch.labels}
+        scale: dict[str, Any] = {} if batch.scales is None else {"guidance": batch.scales}
+        student, target = (d.bind(**bound, **scale) for d in (self.student, self.target))
+        takes = getattr(self.teacher.network, "guidance_range", None) is not None
+        teacher = self.teacher.bind(**bound, **(scale if takes else {}))
+        with torch.autocast(batch.noise.device.type, torch.bfloat16, enabled=self.settings.bf16):
+            loss = self.method.loss(student, teacher, target, batch) / self.settings.accumulate
+        loss.backward()
+        return float(loss.detach())
 
-    def _batch(self, stage: Stage) -> Batch:
-        number = sum(s.updates for s in self.stages[: self.stage]) + self.update
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+    def _batch(self, stage: Stage, part: int) -> Batch:
+        """One of the parts of an update's batch: every part has draws of its own, so that parts may be anywhere."""
+        number, n = sum(s.updates for s in self.stages[: self.stage]) + self.update, stage.batch // self.parts
+        generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + number + part * 500_000_003)
         assert self.source.shape is not None
-        noise = torch.randn((stage.batch, *self.source.shape), generator=generator)
+        noise = torch.randn((n, *self.source.shape), generator=generator)
         classes = getattr(self.source.network, "null_label", None)
-        x0 = labels = None
+        x0 = labels = scales = None
         if self.data is not None and self.method.needs_data:
-            index = batch_indices(len(self.data.x), stage.batch, number, self.seed)
+            index = batch_indices(len(self.data.x), stage.batch, number, self.settings.seed)[part :: self.parts]
             x0 = self.data.x[index].float() / 127.5 - 1
             labels = self.data.y[index] if self.data.y is not None and classes is not None else None
-        elif classes is not None:
-            labels = torch.randint(classes, (stage.batch,), generator=generator)
-        return Batch(x0, noise, labels, generator)
+        if labels is None and classes is not None:
+            labels = torch.randint(classes, (n,), generator=generator)
+        span = getattr(self.network, "guidance_range", None)
+        if span is not None:
+            scales = span[0] + (span[1] - span[0]) * torch.rand(n, generator=generator)
+        return Batch(x0, noise, labels, generator, scales)
+
+    def _skip(self) -> None:
+        """A step with a non-finite gradient changes nothing; repeated, they stop the run."""
+        self.skipped += 1
+        if self.skipped >= REPEATED:
+            raise FastdiffError(f"{REPEATED} updates had a non-finite gradient (the last is {self.update}): lower the rate")
+
+    @torch.no_grad()
+    def _update_averages(self) -> None:
+        done = sum(s.updates for s in self.stages[: self.stage]) + self.update
+        for name, decay in self.method.averages().items():
+            # the saved average starts short; the one that makes targets keeps its decay, which is part of the method
+            now = min(decay, (1 + done) / (10 + done)) if name == "final" else decay
+            torch._foreach_lerp_(list(self.averages[name].parameters()), list(self.network.parameters()), 1 - now)
 
     def _begin(self) -> None:
         """A stage's fresh optimiser, and what its method prepares."""
-        self.optimiser = torch.optim.Adam(self._network.requires_grad_(True).parameters(), lr=self.stages[0].lr)
+        self.optimiser = torch.optim.Adam(self.network.parameters(), lr=self.stages[0].lr)
         if not self.finished:
-            self.method.begin(self.stages[self.stage], self.source.schedule)
+            self.method.begin(self.stage, self.source.schedule)
 
     def _finish(self, stage: Stage) -> None:
         """Writes the stage's model, makes it the teacher where the method says so, and begins the next."""
-        description = self._description(stage)
-        weights = self._network.state_dict()
-        native.save(self.out / f"stage-{self.stage + 1}-steps-{stage.steps}.safetensors", weights, description)
-        native.save(self.out / "model.safetensors", weights, description)
+        if self.world.first:
+            description, weights = self._description(stage), self.saved_network.state_dict()
+            native.save(self.out / f"stage-{self.stage + 1}-steps-{stage.steps}.safetensors", weights, description)
+            native.save(self.out / "model.safetensors", weights, description)
         if self.method.chained:
-            self.teacher = _with_network(self.source, copy.deepcopy(self._network))
+            self.teacher = with_network(self.source, frozen(copy.deepcopy(self.network)))
         self.stage, self.update = self.stage + 1, 0
         self._begin()
         self.save()
@@ -156,22 +218,27 @@ class Distiller:
         kept = {k: v for k, v in training.items() if k == "data_sha256"}
         return {
             **{k: v for k, v in self.source.info.items() if k != "format"}, "training": {**kept, "distilled": about},
+            "network": self.network.config.asdict(),  # type: ignore[operator, union-attr]
             "plan": self.method.plan(stage, self.source.schedule).to_json(),
         }  # fmt: skip
 
     def _identity(self) -> dict[str, Any]:
         """What another run would not share."""
-        settings = {k: v for k, v in asdict(self.method).items() if not k.startswith("_")}  # type: ignore[call-overload]
+        mine = {k: v for k, v in asdict(self.method).items() if not k.startswith("_")}  # type: ignore[call-overload]
+        how = {k: v for k, v in asdict(self.settings).items() if k != "accumulate"}
         return {
-            "method": self.method.name, **settings, "seed": self.seed, "clip": self.clip, "teacher": self.source.hash,
+            "method": self.method.name, **mine, **how, "parts": self.parts, "teacher": self.source.hash,
             "data_sha256": self.data.digest if self.data else None,
         }  # fmt: skip
 
     def save(self) -> None:
         """The state from which the run goes on bit for bit."""
+        if not self.world.first:
+            return
         state = {
             "identity": self._identity(), "stage": self.stage, "update": self.update, "skipped": self.skipped,
-            "losses": torch.tensor(self.losses, dtype=torch.float32), "student": self._network.state_dict(),
+            "losses": torch.tensor(self.losses, dtype=torch.float32), "student": self.network.state_dict(),
+            "averages": {name: network.state_dict() for name, network in self.averages.items()},
             "teacher": self.teacher.network.state_dict() if self.method.chained and self.stage else None,  # type: ignore[attr-defined]
             "optimiser": self.optimiser.state_dict(),
         }  # fmt: skip
@@ -180,32 +247,20 @@ class Distiller:
         write_bytes(self.out / "state.pt", buffer.getvalue())
 
     def _resume(self) -> None:
-        state = read_state(self.out / "state.pt", "identity")
+        state = read_state(self.out / "state.pt", "identity", "averages")
         check_same(self.out, state["identity"], self._identity())
         self.stage, self.update, self.skipped = state["stage"], state["update"], state["skipped"]
         self.losses = state["losses"].tolist()
-        self._network.load_state_dict(state["student"])
+        self.network.load_state_dict(state["student"])
+        for name, weights in state["averages"].items():
+            self.averages[name].load_state_dict(weights)
         if state["teacher"] is not None:
-            self.teacher = _with_network(self.source, copy.deepcopy(self._network))
+            self.teacher = with_network(self.source, frozen(copy.deepcopy(self.network)))
             self.teacher.network.load_state_dict(state["teacher"])  # type: ignore[attr-defined]
         self._begin()
         self.optimiser.load_state_dict(state["optimiser"])
 
 
-def _with_network(denoiser: Denoiser, network: Any) -> Denoiser:
-    """The denoiser around another network, in eval mode and without gradients of its own."""
-    out = copy.copy(denoiser)
-    out.network, out.plan, out.tuned = network.eval().requires_grad_(False), None, ()
-    return out
-
-
-def _check_data(teacher: Denoiser, method: Method, data: Images | None) -> None:
-    if method.needs_data and data is None:
-        raise FastdiffError(f"{method.name} distillation needs images: give --data")
-    if data is not None and tuple(data.x.shape[1:]) != teacher.shape:
-        raise FastdiffError(f"the teacher makes samples of shape {teacher.shape}, the data have {tuple(data.x.shape[1:])}")
-    if data is not None and data.y is not None:
-        classes = getattr(teacher.network, "null_label", None)
-        if classes is not None and data.num_classes > classes:
-            raise FastdiffError(f"the data have {data.num_classes} classes, the teacher knows {classes}")
-
+def _check_parts(stages: list[Stage], parts: int) -> None:
+    if uneven := [stage.batch for stage in stages if stage.batch % parts]:
+        raise FastdiffError(f"a batch of {uneven[0]} cannot be cut into {parts} equal parts (accumulation times processes)")

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from ..denoiser import Denoiser
 from ..errors import FastdiffError
+from ..models import UNetConfig
 from ..plans import Plan
 from ..schedule import NoiseSchedule
 from ..solvers import plan as make_plan
+from .segments import Segments
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,20 @@ class Stage:
 
 
 class Batch(NamedTuple):
-    """One update's material: clean images (B, *) or None, unit noise (B, *), class labels (B,) or None, and its generator."""
+    """One update's material: clean images (B, *) or None, unit noise (B, *), class labels (B,) or None, guidance scales (B,)
+    where the student takes one, and its generator."""
 
     x0: Tensor | None
     noise: Tensor
     labels: Tensor | None
     generator: torch.Generator
+    scales: Tensor | None = None
+
+    @property
+    def images(self) -> Tensor:
+        """The clean images of a method that needs them."""
+        assert self.x0 is not None, "a method that reads images says needs_data"
+        return self.x0
 
 
 class Method(ABC):
@@ -47,17 +57,27 @@ class Method(ABC):
     needs_data: ClassVar[bool]
     chained: ClassVar[bool]  # whether a stage's student is the next one's teacher
 
+    def averages(self) -> dict[str, float]:
+        """Decays of the averages of the student's weights that are kept beside it: "target", the network that makes targets
+        (without one the student itself does), and "final", the one that is saved (without one the student itself is)."""
+        return {}
+
+    def network(self, teacher: Denoiser, config: UNetConfig) -> UNetConfig:
+        """The student's network, where it has inputs that the teacher's has not."""
+        return config
+
     @abstractmethod
     def stages(self) -> list[Stage]:
         """The stages in order."""
 
     @abstractmethod
-    def begin(self, stage: Stage, schedule: NoiseSchedule) -> None:
-        """Prepares a stage."""
+    def begin(self, number: int, schedule: NoiseSchedule) -> None:
+        """Prepares a stage, by its number from 0."""
 
     @abstractmethod
-    def loss(self, student: Denoiser, teacher: Denoiser, batch: Batch) -> Tensor:
-        """The loss of one update; a scalar with a graph to the student's weights alone."""
+    def loss(self, student: Denoiser, teacher: Denoiser, target: Denoiser, batch: Batch) -> Tensor:
+        """The loss of one update; a scalar with a graph to the student's weights alone. Labels and scales are bound already;
+        `target` is the average of that name, or the student itself, to be called without gradients."""
 
     def plan(self, stage: Stage, schedule: NoiseSchedule) -> Plan:
         """How the stage's student is sampled: DDIM on its own times."""
@@ -67,6 +87,13 @@ class Method(ABC):
 def times(schedule: NoiseSchedule, steps: int) -> np.ndarray:
     """The student's times, noisiest first: uniform, from t_max, the last of them one step above t_min."""
     return np.linspace(schedule.t_max, schedule.t_min, steps + 1)[:-1]
+
+
+def noisy(segments: Segments, batch: Batch, which: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(z, alpha, sigma): a batch's images and noise at the starts of the intervals `which` (B,); the levels broadcast."""
+    shape = (-1, *(1,) * (batch.noise.ndim - 1))
+    alpha, sigma = (v[which, 0].float().view(shape) for v in (segments.alpha, segments.sigma))
+    return alpha * batch.images + sigma * batch.noise, alpha, sigma
 
 
 def halvings(start: int, end: int) -> list[int]:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..denoiser import Denoiser
-from ..errors import FastdiffError
+from ..sampling import DenoiserLike
 from ..schedule import NoiseSchedule
-from .method import Batch, Method, Stage, halvings, times, weight
+from .method import Batch, Method, Stage, halvings, noisy, times, weight
 from .segments import Segments
 
 
@@ -44,20 +44,20 @@ class Progressive(Method):
         weight(self.weighting, torch.ones(1), torch.ones(1))
         return [Stage(n, self.updates, self.lr, self.batch) for n in halvings(self.start, self.steps)]
 
-    def begin(self, stage: Stage, schedule: NoiseSchedule) -> None:
-        first = stage.steps == self.stages()[0].steps
-        solver, calls = (self.solver, self.calls) if first else ("ddim", 2)
-        self._segments = Segments(schedule, times(schedule, stage.steps).tolist(), calls, solver)
+    def begin(self, number: int, schedule: NoiseSchedule) -> None:
+        solver, calls = (self.solver, self.calls) if number == 0 else ("ddim", 2)
+        self._segments = Segments(schedule, times(schedule, self.stages()[number].steps).tolist(), calls, solver)
 
-    def loss(self, student: Denoiser, teacher: Denoiser, batch: Batch) -> Tensor:
-        if batch.x0 is None or self._segments is None:
-            raise FastdiffError("progressive distillation needs images: give --data")
-        segments, n = self._segments, len(batch.noise)
-        which = torch.randint(len(segments), (n,), generator=batch.generator)
-        shape = (-1, *(1,) * (batch.x0.ndim - 1))
-        alpha, sigma = (v[which, 0].float().view(shape) for v in (segments.alpha, segments.sigma))
-        z = alpha * batch.x0 + sigma * batch.noise
-        with torch.no_grad():
-            target = segments.target(z, segments.run(teacher, z, which), which)
-        error = (student(z, segments.times[which, 0]) - target).square()
-        return (weight(self.weighting, alpha, sigma) * error).mean()
+    def loss(self, student: Denoiser, teacher: Denoiser, target: Denoiser, batch: Batch) -> Tensor:
+        return match(self._segments, self.weighting, student, teacher, batch)
+
+
+def match(segments: Segments | None, weighting: str, student: Denoiser, teacher: DenoiserLike, batch: Batch) -> Tensor:
+    """The weighted error of the student's prediction where the teacher's run through an interval says what it must be."""
+    assert segments is not None, "a method begins a stage before its first loss"
+    which = torch.randint(len(segments), (len(batch.noise),), generator=batch.generator)
+    z, alpha, sigma = noisy(segments, batch, which)
+    with torch.no_grad():
+        goal = segments.target(z, segments.run(teacher, z, which), which)
+    error = (student(z, segments.times[which, 0]) - goal).square()
+    return (weight(weighting, alpha, sigma) * error).mean()

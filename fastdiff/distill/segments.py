@@ -8,11 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..denoiser import Denoiser
 from ..errors import FastdiffError
 from ..plans import Plan, expand
+from ..sampling import DenoiserLike
 from ..schedule import NoiseSchedule
 from ..solvers import plan as make_plan
+
+Level = tuple[Tensor, Tensor]  # alpha and sigma
 
 
 class Segments:
@@ -42,7 +44,7 @@ class Segments:
     def __len__(self) -> int:
         return len(self.times)
 
-    def run(self, teacher: Denoiser, x: Tensor, which: Tensor) -> Tensor:
+    def run(self, teacher: DenoiserLike, x: Tensor, which: Tensor) -> Tensor:
         """From each sample's noisy state at the start of its interval (B, *) to its end; `which` (B,) names the intervals."""
         shape = (-1, *(1,) * (x.ndim - 1))
         times, carry, weights = self.times[which], self.carry[which], self.weights[which]
@@ -55,15 +57,21 @@ class Segments:
         return y
 
     def target(self, x: Tensor, end: Tensor, which: Tensor) -> Tensor:
-        """The denoised prediction with which one DDIM step takes x to the interval's end; in float64, as float32.
+        """The denoised prediction with which one DDIM step takes x to the interval's end: `jump_target`."""
+        start, stop = ((self.alpha[which, k], self.sigma[which, k]) for k in (0, -1))
+        return jump_target(x, end, start, stop)
 
-        x~ = (z'' - (sigma''/sigma) z) / (alpha'' - (sigma''/sigma) alpha) (Salimans and Ho 2022, appendix G): a small difference
-        of nearly equal numbers where intervals are short.
-        """
-        shape = (-1, *(1,) * (x.ndim - 1))
-        ratio = (self.sigma[which, -1] / self.sigma[which, 0]).view(shape)
-        gain = self.alpha[which, -1].view(shape) - ratio * self.alpha[which, 0].view(shape)
-        return ((end.double() - ratio * x.double()) / gain).to(x.dtype)
+
+def jump_target(x: Tensor, end: Tensor, start: Level, stop: Level) -> Tensor:
+    """The denoised prediction with which one DDIM step takes x (B, *) from level `start` to `end` at level `stop`.
+
+    x~ = (z'' - (sigma''/sigma) z) / (alpha'' - (sigma''/sigma) alpha) (Salimans and Ho 2022, appendix G): a small difference of
+    nearly equal numbers where intervals are short, so in float64.
+    """
+    shape = (-1, *(1,) * (x.ndim - 1))
+    ratio = (stop[1] / start[1]).view(shape)
+    gain = stop[0].view(shape) - ratio * start[0].view(shape)
+    return ((end.double() - ratio * x.double()) / gain).to(x.dtype)
 
 
 def _plan(schedule: NoiseSchedule, solver: str, a: float, b: float | None, calls: int) -> Plan:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ..denoiser import Denoiser
-from ..errors import FastdiffError
 from ..schedule import NoiseSchedule
 from .method import Batch, Method, Stage, times
 from .segments import Segments
@@ -39,13 +38,12 @@ class Trajectory(Method):
     def stages(self) -> list[Stage]:
         return [Stage(self.steps, self.updates, self.lr, self.batch)]
 
-    def begin(self, stage: Stage, schedule: NoiseSchedule) -> None:
-        nodes = times(schedule, stage.steps).tolist()
+    def begin(self, number: int, schedule: NoiseSchedule) -> None:
+        nodes = times(schedule, self.steps).tolist()
         self._segments = Segments(schedule, nodes, self.calls, self.solver), Segments(schedule, nodes, 1)
 
-    def loss(self, student: Denoiser, teacher: Denoiser, batch: Batch) -> Tensor:
-        if self._segments is None:
-            raise FastdiffError("a method begins a stage before its first loss")
+    def loss(self, student: Denoiser, teacher: Denoiser, target: Denoiser, batch: Batch) -> Tensor:
+        assert self._segments is not None, "a method begins a stage before its first loss"
         fine, coarse = self._segments
         z = batch.noise * float(coarse.sigma[0, 0])
         mine, total = z, z.new_zeros(())

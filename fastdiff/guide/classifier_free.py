@@ -156,11 +156,12 @@ def cfg(
     denoiser: Denoiser, scale: float | None = None, cond: Mapping[str, Any] | None = None,
     negative: Mapping[str, Any] | None = None, interval: tuple[float, float] = EVERYWHERE, rescale: float = 0.0, *,
     w: float | None = None, batched: bool | None = None,
-) -> Guided:  # fmt: skip
+) -> Denoiser:  # fmt: skip
     """Classifier-free guidance (Ho and Salimans 2022): D_negative + scale (D_cond - D_negative).
 
     Args:
         scale: 1 is no guidance, 0 the negative condition alone. `w` is the paper's convention, scale - 1; give one of the two.
+            A student that takes the scale as an input (Meng et al. 2023) gets it bound: one call, and its plan stays.
         cond, negative: conditioning bound to the two evaluations; a class-conditional network of our own needs no
             `negative`: its null class is used.
         interval: sigma/alpha range (low, high] where guidance acts; elsewhere one call (Kynkäänniemi et al. 2024).
@@ -174,8 +175,20 @@ def cfg(
     if (scale is None) == (w is None):
         raise FastdiffError("guidance needs scale= (1 is none) or w= (0 is none), one of the two")
     scale = check_guidance(scale if scale is not None else 1.0 + float(w or 0.0), interval, rescale)
+    if getattr(denoiser.network, "guidance_range", None) is not None:
+        plain = negative is None and interval == EVERYWHERE and not rescale
+        return _as_input(denoiser.bind(**(cond or {})), scale, plain)
     positive, other = conditions(denoiser, cond, negative)
     return Guided(positive, other, scale, interval, float(rescale), batched=batched)
+
+
+def _as_input(denoiser: Denoiser, scale: float, plain: bool) -> Denoiser:
+    low, high = denoiser.network.guidance_range  # type: ignore[attr-defined]
+    if not plain:
+        raise FastdiffError("a student of guidance takes its scale as an input: no negative=, interval= or rescale=")
+    if not low <= scale <= high:
+        raise FastdiffError(f"this student knows guidance scales {low:g} to {high:g}; given {scale:g}")
+    return denoiser.bind(guidance=scale)
 
 
 def apg(

@@ -22,6 +22,8 @@ class UNetConfig:
 
     Attention has heads of `head_channels`, or `num_heads` of them at every level where that is given (improved-diffusion).
     `num_classes` counts the embedding's rows; with `null_class` the last of them is the class "none" of label dropout.
+    `guidance_range` (lowest, highest) gives the network the scale of guidance as an input: one call then does what
+    classifier-free guidance does in two (Meng et al. 2023).
     """
 
     in_channels: int = 3
@@ -39,6 +41,7 @@ class UNetConfig:
     new_attention_order: bool = False
     learned_variance: bool = False
     num_heads: int | None = None
+    guidance_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         for name in ("channel_mult", "attention"):
@@ -48,6 +51,8 @@ class UNetConfig:
                 raise FastdiffError(f"{name} must be a positive whole number; given {value!r}")
         if self.num_heads is not None and not (isinstance(self.num_heads, int) and self.num_heads > 0):
             raise FastdiffError(f"num_heads must be a positive whole number or None; given {self.num_heads!r}")
+        if self.guidance_range is not None:
+            object.__setattr__(self, "guidance_range", _range(self.guidance_range))
         if not self.channel_mult or any(mult <= 0 for mult in self.channel_mult):
             raise FastdiffError(f"channel_mult must hold one positive number a level; given {self.channel_mult}")
         for mult in self.channel_mult:
@@ -64,6 +69,13 @@ class UNetConfig:
 
     def asdict(self) -> dict[str, Any]:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+
+def _range(given: Sequence[float]) -> tuple[float, float]:
+    low, high = (float(v) for v in given) if len(given) == 2 else (1.0, 0.0)
+    if not 0 <= low < high < math.inf:
+        raise FastdiffError(f"guidance scales are a range such as 1,5, from at least 0 upwards; given {tuple(given)}")
+    return low, high
 
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
@@ -235,6 +247,10 @@ class UNet(nn.Module):
         self.checkpointing = False
         self.time_embed = time_embedding(c)
         self.label_emb = nn.Embedding(c.num_classes, c.emb_channels) if c.num_classes else None
+        self.guidance_embed: nn.Sequential | None = None
+        if c.guidance_range is not None:  # zero at its end: a student that has it begins as its teacher
+            self.guidance_embed = time_embedding(c)
+            zero_(self.guidance_embed[-1])
         self.input_blocks, self.middle_block, skips = encoder(c)
         ch = skips[-1]
         self.output_blocks = nn.ModuleList()
@@ -255,7 +271,14 @@ class UNet(nn.Module):
         c = self.config
         return c.num_classes - 1 if c.num_classes and c.null_class else None
 
-    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
+    @property
+    def guidance_range(self) -> tuple[float, float] | None:
+        """The guidance scales that the network takes as an input, or None where it has no such input."""
+        return self.config.guidance_range
+
+    def forward(
+        self, x: Tensor, t: Tensor, class_labels: Tensor | None = None, guidance: Tensor | float | None = None
+    ) -> Tensor:
         multiple = 2 ** (len(self.config.channel_mult) - 1)
         if x.shape[-1] % multiple or x.shape[-2] % multiple:
             raise FastdiffError(
@@ -267,6 +290,8 @@ class UNet(nn.Module):
             if class_labels is None:
                 raise FastdiffError("this network is class-conditional: bind class_labels=... (one integer a sample)")
             emb = emb + self.label_emb(class_labels).to(emb.dtype)
+        if guidance is not None or self.guidance_embed is not None:
+            emb = emb + self._embed_guidance(1.0 if guidance is None else guidance, t).to(emb.dtype)
         h, skips = x, []
         for block in self.input_blocks:
             h = self._run(block, h, emb)
@@ -276,8 +301,21 @@ class UNet(nn.Module):
             h = self._run(block, torch.cat([h, skips.pop()], dim=1), emb)
         return self.out[2](self.out[0](h, silu=True))
 
+    def _embed_guidance(self, guidance: Tensor | float, t: Tensor) -> Tensor:
+        """The embedding (B, *) of one scale, or of one a sample; none bound means 1, no guidance."""
+        if self.guidance_embed is None or self.config.guidance_range is None:
+            raise FastdiffError("this network has no guidance input: use fd.guide.cfg")
+        low, high = self.config.guidance_range
+        if not isinstance(guidance, Tensor):
+            if not low <= guidance <= high:
+                raise FastdiffError(f"this student knows guidance scales {low:g} to {high:g}; given {guidance:g}")
+            guidance = t.new_full(t.shape, guidance)
+        # the range becomes 0 to 10: features from smooth over the whole range to a period of two thirds of it
+        features = timestep_embedding((guidance - low) * (10 / (high - low)), self.config.model_channels)
+        return self.guidance_embed(features.to(next(self.guidance_embed.parameters()).dtype))
+
     def _run(self, block: nn.Module, h: Tensor, emb: Tensor) -> Tensor:
-        if self.checkpointing and self.training:
+        if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(block, h, emb, use_reentrant=False)
         return block(h, emb)
 

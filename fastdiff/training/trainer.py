@@ -24,11 +24,16 @@ from ..schedule import NoiseSchedule, from_config
 from . import losses
 from .data import Images, batch_indices
 from .resume import check_same, read_state
+from .variance import bound
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that determines the weights. Times are in optimiser steps, `lr` falls linearly to 0 over `steps`."""
+    """Everything that determines the weights. Times are in optimiser steps, `lr` falls linearly to 0 over `steps`.
+
+    `vlb` > 0 learns the variance of DDPM's steps too: the weight of the variational bound beside the loss (Nichol and Dhariwal
+    2021, eq. 16: 0.001), summed over a chain of `vlb_steps`.
+    """
 
     steps: int
     batch: int = 64
@@ -46,9 +51,13 @@ class TrainConfig:
     seed: int = 0
     network: dict[str, Any] = field(default_factory=dict)
     start: str = ""  # hash of the checkpoint whose weights the first step begins with; "" = drawn
+    vlb: float = 0.0
+    vlb_steps: int = 1000
 
     def __post_init__(self) -> None:
-        for name, low in (("steps", 1), ("batch", 1), ("warmup", 0)):
+        if not (math.isfinite(self.vlb) and self.vlb >= 0):
+            raise FastdiffError(f"vlb must be at least 0; given {self.vlb!r}")
+        for name, low in (("steps", 1), ("batch", 1), ("warmup", 0), ("vlb_steps", 2)):
             if not (isinstance(value := getattr(self, name), int) and value >= low):
                 raise FastdiffError(f"{name} must be a whole number of at least {low}; given {value!r}")
         for name in ("lr", "clip"):
@@ -78,6 +87,8 @@ def unet_config(config: TrainConfig, data: Images) -> UNetConfig:
     fields: dict[str, Any] = {"in_channels": data.x.shape[1], "out_channels": data.x.shape[1]}
     if classes:
         fields |= {"num_classes": classes + 1, "null_class": True}
+    if config.vlb:
+        fields["learned_variance"] = True
     if not isinstance(config.network, dict):
         raise FastdiffError(f"network settings must be a mapping from names to values; given {config.network!r}")
     if unknown := set(config.network) - {f.name for f in dataclasses.fields(UNetConfig)}:
@@ -86,7 +97,7 @@ def unet_config(config: TrainConfig, data: Images) -> UNetConfig:
         made = UNetConfig(**(fields | config.network))
     except TypeError as e:
         raise FastdiffError(f"a U-Net setting has the wrong type: {e}") from e
-    _check_fit(made, data)
+    _check_fit(made, data, bool(config.vlb))
     if made.num_classes and not made.null_class and config.label_dropout:
         raise FastdiffError("label dropout needs the null class: leave out null_class, or set label_dropout to 0")
     return made
@@ -119,11 +130,12 @@ def _schedule(config: dict[str, Any]) -> NoiseSchedule:
     return schedule
 
 
-def _check_fit(network: UNetConfig, data: Images) -> None:
+def _check_fit(network: UNetConfig, data: Images, learned: bool) -> None:
     """That the network takes these images and labels, before the first step finds out."""
     channels, *size = data.x.shape[1:]
-    if (network.in_channels, network.out_channels) != (channels, channels) or network.learned_variance:
-        raise FastdiffError(f"the network must map {channels} channels to {channels}, without learned variance")
+    if (network.in_channels, network.out_channels) != (channels, channels) or network.learned_variance != learned:
+        how = "with learned variance (vlb > 0)" if learned else "without learned variance (vlb trains it)"
+        raise FastdiffError(f"the network must map {channels} channels to {channels}, {how}")
     multiple = 2 ** (len(network.channel_mult) - 1)
     if any(side % multiple for side in size):
         raise FastdiffError(
@@ -215,8 +227,13 @@ class Trainer:
         labels = self._labels(index, generator)
         with torch.autocast("cpu", torch.bfloat16, enabled=c.bf16):
             got = self.network(x * c_in, c_noise, labels)
-        error = (got.float() - want).square()
-        return (losses.weights(c.weighting, c.prediction, alpha, sigma) * error).mean()
+        got, v = got.float().split(x.shape[1], dim=1) if c.vlb else (got.float(), None)
+        loss = (losses.weights(c.weighting, c.prediction, alpha, sigma) * (got - want).square()).mean()
+        if v is None:
+            return loss
+        k = losses.coefficients(c.prediction, alpha, sigma, self.denoiser.sigma_data)
+        d = k.c_skip * x + k.c_out * got
+        return loss + c.vlb * c.vlb_steps * bound(self.schedule, x0, x, d, v, t, c.vlb_steps).mean()
 
     def _labels(self, index: Tensor, generator: torch.Generator) -> Tensor | None:
         if self.data.y is None:
@@ -277,8 +294,9 @@ class Trainer:
     def _resume(self) -> None:
         state = read_state(self.out / "state.pt", "config", "data_sha256")
         # the number of steps may change: the learning rate then falls to 0 at the new end
-        then, now = ({"start": "", **c, "data_sha256": d} for c, d in (
-            (state["config"], state["data_sha256"]), (asdict(self.config), self.data.digest)))  # fmt: skip
+        before = asdict(TrainConfig(steps=1)) | state["config"]  # a state from before a setting existed had its default
+        then, now = ({**c, "data_sha256": d} for c, d in (
+            (before, state["data_sha256"]), (asdict(self.config), self.data.digest)))  # fmt: skip
         check_same(self.out, then, now, free=("steps",))
         self.step, self.skipped = state["step"], state["skipped"]
         self.losses = state["losses"].tolist()

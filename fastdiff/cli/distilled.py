@@ -1,0 +1,211 @@
+"""The students of the shipped model and their records, stages of `make artefacts`: one training run a method, then its figures.
+
+distill-teacher  the teacher at 1 to 50 calls, with DDIM and with the best hand-made one of `LINES` (by its paired error)
+distill-METHOD   trains in the work folder (a stage that is interrupted goes on there), then measures every finished student
+distill-table    DISTILL.md from the records; a method without one reads "not trained"
+
+Budget: two cores make about 300 forward images/s of the shipped model (3.3 ms) and 130 forward and backward (7.7 ms). An image
+costs: progressive 3.3 * 2 + 7.7 = 14.3 ms (17.6 in its first stage, three calls), guided 14.3, trajectory 12 * 3.3 + 4 * 7.7 =
+71, consistency 3.3 * 2 + 7.7 = 14.3, ect 3.3 + 7.7 = 11. Training alone, by those figures:
+
+    progressive  900 updates of 64 in each of 4 stages   58 min (allowed: 60)
+    guided       870 updates of 64 in each of 3 stages   40 min
+    trajectory   1,000 updates of 32                     38 min
+    consistency  2,600 updates of 64                     40 min
+    ect          425 updates of 128 in each of 4 phases  40 min
+
+Measuring adds 5 minutes a method (15 evaluations of 3 x 2,048 images at most), the teacher's rows 16 once.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import files
+from ..bench import Setup
+from ..bench.cells import Cell
+from ..bench.converged import GRID, SOLVER, rmse, shipped
+from ..bench.results import versions
+from ..bench.runner import ANCHOR_STEPS, PAIRED
+from ..bench.scoring import Scorer, scorer_for
+from ..checkpoints import load
+from ..denoiser import Denoiser
+from ..distill import ECT, Consistency, Distiller, Guided, Method, Progressive, Trajectory
+from ..distill.view import View
+from ..plans import Plan
+from ..sampling import sample
+from ..solvers import plan
+from ..training.data import Images
+from .console import console
+from .distill import follow
+
+RECIPES: dict[str, Method] = {
+    "progressive": Progressive(start=16, steps=1, updates=900, lr=3e-4, batch=64, solver="unipc-2", calls=3),
+    "guided": Guided(start=16, steps=4, updates=870, lr=3e-4, batch=64),
+    "trajectory": Trajectory(steps=4, updates=1000, lr=1e-4, batch=32, calls=3),
+    "consistency": Consistency(steps=2, inner=16, updates=2600, lr=2e-4, batch=64, ema=0.998),
+    "ect": ECT(steps=2, phases=4, updates=425, lr=2e-4, batch=128, ema=0.995),
+}
+LINES = (
+    ("ddim", "uniform_t"), ("dpmpp-2m", "uniform_lambda"), ("dpmpp-3s", "uniform_t"), ("unipc-2", "uniform_t"),
+    ("unipc-3", "uniform_t"), ("ipndm-2", "beta"), ("ipndm-3", "beta"),
+)  # fmt: skip
+CALLS = (1, 2, 4, 8, 16, 50)
+COLUMNS = (1, 2, 4, 8)
+SEEDS = (0, 1_000_000, 2_000_000)  # first seeds of the three sets a student is measured on; the teacher's rows take the first
+SCALES = (2.0, 3.0, 5.0)
+N = 2048
+LOOKS = 10  # at a student while it learns
+
+
+class Figures:
+    """Measures plans of one denoiser at n images, scored and, where it draws no noise, paired with the teacher's endpoints."""
+
+    def __init__(self, teacher: Denoiser, n: int, scorer: Scorer | None) -> None:
+        self.teacher, self.n, self.scorer = teacher, n, scorer
+        self.paired = min(PAIRED, n)
+        self._endpoints: dict[float, Tensor] = {}
+
+    def row(self, denoiser: Denoiser, table: Plan, seeds: Sequence[int] = SEEDS[:1], scale: float = 1.0) -> dict[str, Any]:
+        """The means over the sets of seeds, with each set's own figures beside them."""
+        runs: list[dict[str, Any]] = []
+        calls = 0
+        for first in seeds:
+            setup = Setup(self.n, first, scale)
+            x, calls = draw(denoiser, table, setup)
+            found = self.scorer.score(self.teacher.images(x), setup.labels(self.teacher)) if self.scorer else {}
+            if first == 0 and not table.stochastic:
+                found["rmse"] = rmse(x[: self.paired], self.endpoints(scale))
+            runs.append(found)
+        means = {k: float(np.mean([r[k] for r in runs if k in r])) for k in runs[0] if isinstance(runs[0][k], float)}
+        head = {"plan": table.name, "nfe": table.nfe, "network_calls": calls, "guidance": scale, "n": self.n}
+        return {**head, **means, "runs": runs}
+
+    def endpoints(self, scale: float) -> Tensor:
+        """Where the teacher's converged ODE takes the first seeds: its stored endpoints, or `ANCHOR_STEPS` steps."""
+        if scale not in self._endpoints:
+            stored = shipped(self.teacher, self.paired) if scale == 1.0 else None
+            table = plan(SOLVER, self.teacher, ANCHOR_STEPS, grid=GRID)
+            self._endpoints[scale] = stored.x if stored else draw(self.teacher, table, Setup(self.paired, 0, scale))[0]
+        return self._endpoints[scale]
+
+
+def draw(denoiser: Denoiser, table: Plan, setup: Setup) -> tuple[Tensor, int]:
+    """A setup's samples, and the network calls of one of them."""
+    batches = setup.batches(denoiser)
+    return torch.cat([sample(den, table, seeds=seeds) for seeds, den in batches]), table.nfe * batches[0][1].calls
+
+
+def teacher_record(teacher: Denoiser, out: Path, n: int = N, calls: Sequence[int] = CALLS) -> None:
+    """distill-teacher.json: DDIM and the best hand-made solver at each number of calls, and the converged ODE itself."""
+    figures, scorer = Figures(teacher, n, scorer_for(teacher)), scorer_for(teacher)
+    short = Setup(figures.paired)
+    rows = []
+    for nfe in calls:
+        tables = {f"{s} · {g}": Cell(s, g, nfe).plan(teacher) for s, g in LINES}
+        errors = {line: rmse(draw(teacher, table, short)[0], figures.endpoints(1.0)) for line, table in tables.items()}
+        best = min(errors, key=lambda line: errors[line])
+        for line in dict.fromkeys(("ddim · uniform_t", best)):
+            rows.append({"line": line, "best": line == best, **figures.row(teacher, tables[line])})
+            console.print(f"teacher, {nfe} calls, {line}: RMSE {rows[-1]['rmse']:.4f}", highlight=False)
+    record = {"teacher": teacher.hash, "floor": scorer.anchor(n) if scorer else None, "rows": rows, "versions": versions()}
+    files.write_text(out / "distill-teacher.json", json.dumps(record, indent=1) + "\n")
+
+
+def student_record(teacher: Denoiser, method: Method, data: Images | None, work: Path, out: Path, n: int = N) -> None:
+    """distill-METHOD.json: trains to the end in `work`, or goes on there, and measures every finished stage that has steps of its
+    own, the last of each."""
+    run = Distiller(teacher, method, work, data if method.needs_data else None)
+    total = sum(stage.updates for stage in run.stages)
+    clock, began = work / "seconds.json", time.monotonic()
+    before = float(json.loads(clock.read_text())) if clock.exists() else 0.0
+    try:
+        follow(run, View(run, max(total // LOOKS, 1), min(n, 128)), 60.0)
+    finally:
+        if (work / "state.pt").exists():
+            files.write_text(clock, json.dumps(before + time.monotonic() - began) + "\n")
+    finished = {stage.steps: work / f"stage-{i + 1}-steps-{stage.steps}.safetensors" for i, stage in enumerate(run.stages)}
+    figures = Figures(teacher, n, scorer_for(teacher))
+    rows = []
+    for path in finished.values():
+        student = load(path)
+        assert student.plan is not None
+        rows.append({"line": method.name, **figures.row(student, student.plan, SEEDS)})
+        console.print(f"{method.name}, {student.plan.nfe} calls: {path.name}", highlight=False)
+        if getattr(student.network, "guidance_range", None) is not None:
+            rows += guided_rows(figures, student, student.plan)
+    record = {
+        "method": method.name, "settings": {k: v for k, v in asdict(method).items() if not k.startswith("_")},  # type: ignore[call-overload]
+        "seconds": json.loads(clock.read_text()), "updates": total, "images": sum(s.updates * s.batch for s in run.stages),
+        "skipped": run.skipped, "teacher": teacher.hash, "rows": rows, "versions": versions(),
+    }  # fmt: skip
+    files.write_text(out / f"distill-{method.name}.json", json.dumps(record, indent=1) + "\n")
+
+
+def guided_rows(figures: Figures, student: Denoiser, table: Plan) -> list[dict[str, Any]]:
+    """Student and guided teacher at each scale, the teacher with as many evaluations: twice the calls."""
+    rows = []
+    for scale in SCALES:
+        rows.append({"line": "guided", **figures.row(student, table, SEEDS, scale)})
+        rows.append({"line": "teacher, the same plan", **figures.row(figures.teacher, table, scale=scale)})
+        best = Cell("ipndm-3", "beta", table.nfe).plan(figures.teacher)
+        rows.append({"line": "teacher, ipndm-3 · beta", **figures.row(figures.teacher, best, scale=scale)})
+    return rows
+
+
+def table(records: Path) -> str:
+    """DISTILL.md: methods by calls; FD-clf, KID-clf, recall, accuracy and paired error in a cell, and what the training took."""
+    lines = ["# Students of the shipped model", "", HEAD, ""]
+    lines.append("| method | " + " | ".join(f"{n} calls" for n in COLUMNS) + " | minutes | images |")
+    lines.append("|---" * (len(COLUMNS) + 3) + "|")
+    teacher = _read(records / "distill-teacher.json")
+    if teacher is not None:
+        for name, wanted in (("teacher, DDIM", False), ("teacher, best hand-made", True)):
+            rows = {r["nfe"]: r for r in teacher["rows"] if (r["best"] if wanted else r["line"] == "ddim · uniform_t")}
+            lines.append(f"| {name} | " + " | ".join(_cell(rows.get(n)) for n in COLUMNS) + " | - | - |")
+    for name in RECIPES:
+        record = _read(records / f"distill-{name}.json")
+        if record is None:
+            lines.append(f"| {name} | " + " | ".join("not trained" for _ in COLUMNS) + " | - | - |")
+            continue
+        rows = {r["network_calls"]: r for r in record["rows"] if r["line"] == name and r["guidance"] == 1.0}
+        cells = " | ".join(_cell(rows.get(n)) for n in COLUMNS)
+        lines.append(f"| {name} | {cells} | {record['seconds'] / 60:.0f} | {record['images']:,} |")
+    return "\n".join([*lines, *_guided(_read(records / "distill-guided.json"))]) + "\n"
+
+
+HEAD = (
+    "A cell: FD-clf / 1000 KID-clf / recall / class accuracy / paired RMSE from the teacher's converged ODE (a dash where\n"
+    "sampling draws noise, or where n is too small for FD-clf). Students: means over three sets of seeds. Made by\n"
+    "`python -m fastdiff.cli.artefacts --only distill-teacher,distill-METHOD,distill-table`."
+)
+
+
+def _guided(record: dict[str, Any] | None) -> list[str]:
+    if record is None:
+        return []
+    out = ["", "| guidance | network calls | who | figures |", "|---|---|---|---|"]
+    for row in (r for r in record["rows"] if r["guidance"] != 1.0):
+        out.append(f"| {row['guidance']:g} | {row['network_calls']} | {row['line']} | {_cell(row)} |")
+    return out
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "-"
+    forms = (("fd_clf", "{:.3f}", 1.0), ("kid_clf", "{:.1f}", 1e3), ("recall", "{:.2f}", 1.0), ("class_accuracy", "{:.1%}", 1.0),
+             ("rmse", "{:.3f}", 1.0))  # fmt: skip
+    return " / ".join(form.format(row[k] * factor) if row.get(k) is not None else "-" for k, form, factor in forms)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text()) if path.exists() else None

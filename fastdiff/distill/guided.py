@@ -1,0 +1,70 @@
+"""Guided distillation (Meng et al. 2023): one call of a student that takes the guidance scale as an input does what two calls of
+the teacher do; then progressive distillation of that student."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..denoiser import Denoiser
+from ..errors import FastdiffError
+from ..models import UNetConfig
+from ..schedule import NoiseSchedule
+from .method import Batch, Stage, halvings, times, weight
+from .progressive import Progressive, match
+from .segments import Segments
+
+
+@dataclass
+class Guided(Progressive):
+    """The first stage matches D_null + scale (D_class - D_null) at the times of a `start`-step student, scales drawn evenly from
+    `scales` (lowest, highest; the paper's w is scale - 1); the stages after it halve the steps, each student the next one's
+    teacher. `solver` and `calls` run inside a step of the first stage: the default, one call, is the paper's.
+    """
+
+    name: ClassVar[str] = "guided"
+
+    scales: tuple[float, float] = (1.0, 5.0)
+    start: int = 16
+    calls: int = 1
+
+    def stages(self) -> list[Stage]:
+        weight(self.weighting, torch.ones(1), torch.ones(1))
+        halved = halvings(self.start, self.steps) if self.start != self.steps else []
+        return [Stage(n, self.updates, self.lr, self.batch) for n in (self.start, *halved)]
+
+    def network(self, teacher: Denoiser, config: UNetConfig) -> UNetConfig:
+        if getattr(teacher.network, "null_label", None) is None:
+            raise FastdiffError("guided distillation needs a teacher with a null class (label dropout); this one has none: "
+                                "use --method progressive")  # fmt: skip
+        if config.guidance_range is not None:
+            raise FastdiffError("this teacher takes the guidance scale as an input already: use --method progressive")
+        return dataclasses.replace(config, guidance_range=self.scales)
+
+    def begin(self, number: int, schedule: NoiseSchedule) -> None:
+        self._first = number == 0
+        solver, calls = (self.solver, self.calls) if self._first else ("ddim", 2)
+        self._segments = Segments(schedule, times(schedule, self.stages()[number].steps).tolist(), calls, solver)
+
+    def loss(self, student: Denoiser, teacher: Denoiser, target: Denoiser, batch: Batch) -> Tensor:
+        assert batch.scales is not None, "the student of `network` takes a scale"
+        two = contrast(teacher, batch) if self._first else teacher
+        return match(self._segments, self.weighting, student, two, batch)
+
+
+def contrast(teacher: Denoiser, batch: Batch) -> Callable[[Tensor, Tensor], Tensor]:
+    """Classifier-free guidance with a scale of each sample's own."""
+    assert batch.labels is not None and batch.scales is not None, "`Guided.network` refuses a teacher without classes"
+    null = teacher.network.null_label  # type: ignore[attr-defined]
+    negative = teacher.bind(class_labels=torch.full_like(batch.labels, null))
+    scales = batch.scales.view(-1, *(1,) * (batch.noise.ndim - 1))
+
+    def guided(x: Tensor, t: Tensor) -> Tensor:
+        return torch.lerp(negative(x, t), teacher(x, t), scales)
+
+    return guided

@@ -1,0 +1,59 @@
+"""The stage that trains and records students, at tiny size: figures of teacher and student, the table, what is not trained."""
+
+import json
+
+import pytest
+import tiny
+import torch
+
+import fastdiff as fd
+from fastdiff.cli import distilled
+from fastdiff.distill import Distiller, Guided, Progressive
+from fastdiff.training.data import load_images
+
+
+@pytest.fixture
+def teacher(tmp_path):
+    return fd.load(tiny.checkpoint(tmp_path / "t.safetensors"))
+
+
+def test_a_record_holds_every_finished_stage_and_the_table_says_what_is_not_trained(teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(distilled, "LINES", (("ddim", "uniform_t"), ("dpmpp-2m", "uniform_lambda")))
+    monkeypatch.setattr(distilled, "ANCHOR_STEPS", 8)
+    images, out = load_images(tiny.npz(tmp_path / "x.npz")), tmp_path / "records"
+    assert distilled.table(out).count("not trained") == 4 * len(distilled.RECIPES)
+    distilled.teacher_record(teacher, out, n=8, calls=(1, 2))
+    distilled.student_record(teacher, Progressive(4, 1, updates=2, batch=4), images, tmp_path / "work", out, n=8)
+    record = json.loads((out / "distill-progressive.json").read_text())
+    assert [r["network_calls"] for r in record["rows"]] == [2, 1] and record["updates"] == 4 and record["seconds"] > 0
+    assert all(len(r["runs"]) == 3 and r["rmse"] == r["runs"][0]["rmse"] and "rmse" not in r["runs"][1] for r in record["rows"])
+    text = distilled.table(out)
+    line = next(row for row in text.splitlines() if row.startswith("| progressive"))
+    assert f"{record['rows'][1]['rmse']:.3f}" in line.split("|")[2] and "not trained" not in line
+    assert "| teacher, DDIM |" in text and "| ect | not trained" in text
+    page = (tmp_path / "work" / "report.html").read_text()
+    assert page.count("data:image/png") == 2 and (tmp_path / "work" / "samples.png").exists()
+    rows = [json.loads(row) for row in (tmp_path / "work" / "history.jsonl").read_text().splitlines()]
+    assert [row["update"] for row in rows] == [1, 2, 3, 4] and all(row["rmse"] > 0 for row in rows)
+
+
+def test_figures_are_those_of_the_samples(teacher, monkeypatch):
+    monkeypatch.setattr(distilled, "ANCHOR_STEPS", 8)
+    plan = fd.plan("ddim", teacher, 2)
+    row = distilled.Figures(teacher, 6, None).row(teacher, plan, scale=2.0)
+    den = fd.guide.cfg(teacher.bind(class_labels=torch.arange(6) % 3), 2.0)
+    want = fd.sample(den, fd.plan("dpmpp-2m", den, 8, grid="beta"), seeds=range(6))
+    error = float((fd.sample(den, plan, seeds=range(6)) - want).square().mean().sqrt())
+    assert row["network_calls"] == 4 and row["rmse"] == pytest.approx(error, rel=1e-5)
+
+
+def test_a_guided_record_compares_half_the_calls(teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(distilled, "ANCHOR_STEPS", 4)
+    monkeypatch.setattr(distilled, "SEEDS", (0,))
+    monkeypatch.setattr(distilled, "SCALES", (2.0,))
+    student = Distiller(teacher, Guided(start=2, steps=2, updates=1, batch=4), tmp_path / "g",
+                        load_images(tiny.npz(tmp_path / "x.npz"))).run()  # fmt: skip
+    rows = distilled.guided_rows(distilled.Figures(teacher, 4, None), student, student.plan)
+    assert [(r["line"], r["network_calls"]) for r in rows] == [
+        ("guided", 2), ("teacher, the same plan", 4), ("teacher, ipndm-3 · beta", 4)
+    ]  # fmt: skip
