@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..errors import FastdiffError
@@ -31,7 +32,8 @@ class Report:
 
 
 def accelerate(
-    pipe: Any, nfe: int = 8, *, solver: str | None = None, grid: str | None = None, plan: Plan | None = None, quiet: bool = False
+    pipe: Any, nfe: int = 8, *, solver: str | None = None, grid: str | None = None, plan: Plan | None = None,
+    guidance: float | None = None, quiet: bool = False,
 ) -> Report:  # fmt: skip
     """Puts a solver for `nfe` network evaluations into a diffusers pipeline's scheduler seat, and prints what it did.
 
@@ -42,6 +44,8 @@ def accelerate(
             (benches/results/full, on the shipped pixel model); karras where the model's time is sigma; for a flow model UniPC-2
             on the pipeline's own shifted times.
         plan: a table tuned for this pipeline's network, instead.
+        guidance: the scale that the pipeline will be called with, 1 where it has none: a plan in `plans/` of the folder that the
+            pipeline was loaded from is then taken, where it was tuned for these weights, this budget and this scale.
         quiet: prints nothing.
 
     Raises:
@@ -57,6 +61,8 @@ def accelerate(
         raise FastdiffError(f"{name} is no diffusion pipeline: it needs a scheduler and one of {', '.join(NETWORKS)}")
     if not isinstance(nfe, int) or isinstance(nfe, bool) or nfe < 1:
         raise FastdiffError(f"nfe must be a whole number of at least 1; given {nfe!r}")
+    if plan is None and guidance is not None and (solver, grid) == (None, None):
+        plan = _tuned(pipe, nfe, guidance)
     if plan is not None:
         seat = DiffusersScheduler.from_config(before.config, plan=plan)
         nfe, chosen = plan.nfe, f"plan {plan.name}"
@@ -77,6 +83,21 @@ def accelerate(
     if not quiet:
         print(report)
     return report
+
+
+def _tuned(pipe: Any, nfe: int, guidance: float) -> Plan | None:
+    """The plan beside the pipeline's files that was tuned for its weights, this budget and guidance."""
+    from ..checkpoints import PLANS, load
+
+    folder = Path(str(pipe.config.get("_name_or_path") or ""))
+    if not (folder / PLANS).is_dir():
+        return None
+    den = load(folder)
+    for made in den.tuned:
+        scales = made.provenance["tuned_for"].get("guidance") or [1.0]
+        if made.nfe == nfe and min(scales) <= guidance <= max(scales):
+            return made
+    return None
 
 
 def _choice(kind: str, nfe: int, solver: str | None, grid: str | None) -> tuple[str, str | None]:

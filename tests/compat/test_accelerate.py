@@ -1,6 +1,7 @@
 """fd.accelerate on real pipelines, undone again; and the examples of the seats, run."""
 
 import runpy
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -41,6 +42,20 @@ def test_the_choice_and_what_is_given():
     plan = fd.plan("unipc-3", pipe.scheduler.seat.schedule(), 9)
     report = fd.accelerate(pipe, plan=plan, quiet=True)
     assert report.steps == 9 and pipe.scheduler.seat.plan == plan
+
+
+def test_a_plan_tuned_for_the_pipeline_is_found_beside_it(tmp_path):
+    pipelines.ddpm().save_pretrained(tmp_path / "p")
+    den = fd.load(tmp_path / "p")
+    about = {"checkpoint": den.hash, "prediction": den.prediction, "schedule": den.schedule.config(), "guidance": [1.0]}
+    for name, made in (("mine", about), ("another", {**about, "checkpoint": "0" * 64})):
+        plan = replace(fd.plan("unipc-3", den, 6), name=name, provenance={"tuned_for": made})
+        plan.save(tmp_path / "p" / "plans" / f"{name}.json")
+    pipe = diffusers.DDPMPipeline.from_pretrained(tmp_path / "p")
+    assert "plan mine" in str(fd.accelerate(pipe, 6, guidance=1.0, quiet=True))
+    for nfe, options in ((6, {}), (6, {"guidance": 2.0}), (5, {"guidance": 1.0}), (6, {"guidance": 1.0, "solver": "unipc-2"})):
+        report = fd.accelerate(diffusers.DDPMPipeline.from_pretrained(tmp_path / "p"), nfe, quiet=True, **options)
+        assert "solver" in str(report)
 
 
 def test_nearer_to_the_converged_images_than_the_pipeline_s_own():
