@@ -46,8 +46,8 @@ def measure(den: fd.Denoiser, kind: str, scale: float, n: int, scorer: JudgeScor
 
 
 def record(out: Path, kinds: Sequence[str], scales: Sequence[float], n: int, compiled: bool) -> dict[str, Any]:
-    """results.json in `out`, completed row by row."""
-    den, scorer, path = fd.load("fashion-mnist"), JudgeScorer(), out / "results.json"
+    """guidance.json in `out`, completed row by row."""
+    den, scorer, path = fd.load("fashion-mnist"), JudgeScorer(), out / "guidance.json"
     den = den.compiled() if compiled else den
     head = {"checkpoint": den.hash, "sampler": SAMPLER, "n": n}
     kept = json.loads(path.read_text()) if path.exists() else {}
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     need_matplotlib()
     made = record(given.out, given.kinds, given.scales, given.n, given.compile)
     picture(made, given.out / "guidance.png")
-    print(f"wrote {given.out}/results.json and guidance.png")
+    print(f"wrote {given.out}/guidance.json and guidance.png")
 
 
 if __name__ == "__main__":

@@ -66,6 +66,15 @@ def test_quality_record_and_model_card_belong_to_it(den):
         assert f"{row['class_accuracy']:.1%}" in text and f"{row['recall']:.3f}" in text
 
 
+def test_the_guidance_record_belongs_to_it_and_the_readme_says_what_it_holds(den):
+    record = json.loads((RECORDS / "guidance" / "guidance.json").read_text())
+    assert record["checkpoint"] == den.hash and record["n"] == 2048
+    rows = {row["scale"]: row for row in record["rows"] if row["kind"] == "cfg"}
+    nearest = min(rows, key=lambda scale: rows[scale]["fd_clf"])
+    assert f"nearest to the data at scale {nearest:g}" in README
+    assert rows[1.0]["class_accuracy"] < rows[nearest]["class_accuracy"] < rows[max(rows)]["class_accuracy"]
+
+
 def test_the_shipped_model_meets_its_bars():
     rows = {row["guidance"]: row for row in json.loads((RECORDS / "quality.json").read_text())["rows"]}
     assert rows[1.0]["n"] == 10_000 and rows[1.0]["class_accuracy"] >= 0.8

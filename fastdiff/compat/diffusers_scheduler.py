@@ -81,6 +81,9 @@ class DiffusersScheduler(SchedulerMixin, ConfigMixin):
         if plan is not None and (solver, grid, options) != (None, None, {}):
             raise FastdiffError("give plan= alone, or solver= with grid= and options")
         solver = solver if solver is not None or plan is not None else base["_class_name"]
+        if solver is not None and grid is None and solver.endswith("Scheduler") and solver not in CLASSES:
+            raise FastdiffError(f"the images of {solver} are not reproduced: give a grid= to take its solver on that, or one of "
+                                f"{', '.join(sorted(CLASSES))}")  # fmt: skip
         changed, own = _split(base, solver, options)
         # what a config holds by default only gives way to the defaults of another class; what is given here does not
         base |= {**changed, DEFAULTS: [k for k in base.get(DEFAULTS, ()) if k not in changed]}

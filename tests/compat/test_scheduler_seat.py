@@ -313,6 +313,7 @@ def test_a_wrong_timestep_is_named():
         ({"solver": "ddim", "prediction_type": "noise"}, "prediction_type 'noise'"),
         ({"solver": "DDPMScheduler", "variance_type": "learned"}, "has no equal here"),
         ({"solver": "DPMSolverMultistepScheduler", "euler_at_final": True}, "has no equal here"),
+        ({"solver": "IPNDMScheduler"}, "IPNDMScheduler are not reproduced"),
         ({"solver": "unipc-2", "plan": fd.plan("ddim", fd.schedule.vp_linear(), 3)}, "give plan= alone"),
         ({"solver": "euler", "s_churn": 10.0, "grid": [800, 600, 400, 200, 50]}, "noise before its first call"),
     ],
