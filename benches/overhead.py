@@ -244,17 +244,9 @@ def diffusers_case(method: str, prediction: str, network: Network, noise: Tensor
     scheduler.set_timesteps(steps)
     rows = len(scheduler.timesteps)
 
-    @torch.inference_mode()
-    def loop() -> Tensor:
-        x = noise * scheduler.init_noise_sigma
-        for t in scheduler.timesteps:
-            f = network(scheduler.scale_model_input(x, t), t)
-            x = scheduler.step(f, t, x, **step_options, return_dict=False)[0]
-        return x
-
     def prepare() -> Loop:
         scheduler.set_timesteps(steps)
-        return loop
+        return driven(scheduler, network, noise, **step_options)
 
     return Case(method, prediction, "diffusers", rows, prepare)
 
@@ -271,15 +263,21 @@ def seat_case(method: str, prediction: str, network: Network, noise: Tensor) -> 
     seat.set_timesteps(steps)
     rows = len(seat.timesteps)
 
+    return Case(method, prediction, "seat", rows, lambda: driven(seat, network, noise))
+
+
+def driven(scheduler: Any, network: Network, noise: Tensor, **step_options: Any) -> Loop:
+    """The loop of a diffusers pipeline around a scheduler whose timesteps are set."""
+
     @torch.inference_mode()
     def loop() -> Tensor:
-        x = noise * seat.init_noise_sigma
-        for t in seat.timesteps:
-            f = network(seat.scale_model_input(x, t), t)
-            x = seat.step(f, t, x, return_dict=False)[0]
+        x = noise * scheduler.init_noise_sigma
+        for t in scheduler.timesteps:
+            f = network(scheduler.scale_model_input(x, t), t)
+            x = scheduler.step(f, t, x, **step_options, return_dict=False)[0]
         return x
 
-    return Case(method, prediction, "seat", rows, lambda: loop)
+    return loop
 
 
 def measure(group: list[Case], rounds: int) -> dict[str, list[float]]:

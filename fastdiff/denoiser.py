@@ -83,12 +83,15 @@ class Denoiser:
         """The conditions of the empty prompt, which guidance contrasts with; None where the checkpoint has no text encoders."""
         return None if self.encode is None else self.encode([""])
 
-    def tuned_plan(self, nfe: int) -> Plan | None:
-        """The plan that was tuned for this checkpoint, this guidance and `nfe` evaluations, where there is one."""
-        return next((p for p in self.tuned if p.nfe == nfe and self.why_not(p) is None), None)
+    def tuned_plan(self, nfe: int, guidance: float | None = None) -> Plan | None:
+        """The plan tuned for this checkpoint, its guidance (or the scale given) and `nfe` evaluations, where there is one."""
+        return next((p for p in self.tuned if p.nfe == nfe and self.why_not(p, guidance) is None), None)
 
-    def why_not(self, plan: Plan) -> str | None:
-        """Why a learned plan is not for this denoiser, or None where it is; a solver's plan says nothing about checkpoints."""
+    def why_not(self, plan: Plan, guidance: float | None = None) -> str | None:
+        """Why a learned plan is not for this denoiser, or None where it is; a solver's plan says nothing about checkpoints.
+
+        `guidance`: the scale that the denoiser will be guided by elsewhere; None = its own.
+        """
         made = plan.provenance.get("tuned_for")
         if not isinstance(made, dict):
             return None
@@ -100,7 +103,8 @@ class Denoiser:
         if made.get("schedule") != self.schedule.config():
             return f"it was tuned on schedule {made.get('schedule')}, this checkpoint has {self.schedule.config()}"
         scales = made.get("guidance") or [1.0]
-        if self.guidance is None or not min(scales) <= self.guidance <= max(scales):
+        scale = self.guidance if guidance is None else guidance
+        if scale is None or not min(scales) <= scale <= max(scales):
             return f"it was tuned at guidance {', '.join(f'{s:g}' for s in scales)}, not at this one"
         return None
 

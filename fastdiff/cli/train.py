@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .console import progress_bar, say
 from .pictures import check_folder
 from .running import interrupts, plot_losses
+
+if TYPE_CHECKING:
+    from ..training.trainer import Trainer
 
 
 def train(
@@ -46,15 +49,12 @@ def train(
     from ..checkpoints import load
     from ..errors import FastdiffError
     from ..training.data import load_images
-    from ..training.trainer import Progress, TrainConfig, Trainer, continuing
+    from ..training.trainer import TrainConfig, Trainer, continuing
 
     if threads:
         torch.set_num_threads(threads)
-    try:
-        schedule_config: dict[str, Any] = json.loads(schedule) if schedule.startswith("{") else {"name": schedule}
-        network_config = json.loads(network)
-    except json.JSONDecodeError as e:
-        raise FastdiffError(f"--schedule and --network take JSON: {e}") from e
+    schedule_config = parse_settings("--schedule", schedule if schedule.startswith("{") else json.dumps({"name": schedule}))
+    network_config = parse_settings("--network", network)
     config = TrainConfig(
         steps, batch, lr, warmup, schedule_config, prediction, weighting, times, time_scale or None, ema,
         label_dropout, clip, bf16, seed, network_config, vlb=vlb, vlb_steps=vlb_steps,
@@ -68,6 +68,16 @@ def train(
     trainer = Trainer(config, load_images(data, size), out, start)
     if trainer.step:
         say(f"resuming {out} at step {trainer.step} of {steps}")
+    run(trainer, save_every)
+    plot_losses(trainer.losses, out / "loss.png")
+    say(f"{out / 'model.safetensors'}: {trainer.step} steps, {trainer.step * batch} images")
+
+
+def run(trainer: Trainer, save_every: float) -> None:
+    """Trains to the end with a progress bar; an interrupt ends it after its step."""
+    from ..training.trainer import Progress
+
+    steps = trainer.config.steps
     with progress_bar() as bar, interrupts() as interrupted:
         task = bar.add_task("train", total=steps, completed=trainer.step)
 
@@ -77,5 +87,16 @@ def train(
                 raise KeyboardInterrupt
 
         trainer.run(show, save_every)
-    plot_losses(trainer.losses, out / "loss.png")
-    say(f"{out / 'model.safetensors'}: {trainer.step} steps, {trainer.step * batch} images")
+
+
+def parse_settings(option: str, text: str) -> dict[str, Any]:
+    """The JSON object that an option holds."""
+    from ..errors import FastdiffError
+
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as e:
+        raise FastdiffError(f"{option} takes JSON: {e}; given {text!r}") from e
+    if not isinstance(found, dict):
+        raise FastdiffError(f'{option} takes a JSON object such as {{"name": value}}; given {text!r}')
+    return found

@@ -92,12 +92,7 @@ def _tuned(pipe: Any, nfe: int, guidance: float) -> Plan | None:
     folder = Path(str(pipe.config.get("_name_or_path") or ""))
     if not (folder / PLANS).is_dir():
         return None
-    den = load(folder)
-    for made in den.tuned:
-        scales = made.provenance["tuned_for"].get("guidance") or [1.0]
-        if made.nfe == nfe and min(scales) <= guidance <= max(scales):
-            return made
-    return None
+    return load(folder).tuned_plan(nfe, guidance)
 
 
 def _choice(kind: str, nfe: int, solver: str | None, grid: str | None) -> tuple[str, str | None]:

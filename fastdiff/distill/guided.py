@@ -15,9 +15,8 @@ from ..denoiser import Denoiser
 from ..errors import FastdiffError
 from ..models import UNetConfig
 from ..schedule import NoiseSchedule
-from .method import Batch, Stage, halvings, times, weight
+from .method import Batch, Stage, halvings, weight
 from .progressive import Progressive, match
-from .segments import Segments
 
 
 @dataclass
@@ -47,9 +46,8 @@ class Guided(Progressive):
         return dataclasses.replace(config, guidance_range=self.scales)
 
     def begin(self, number: int, schedule: NoiseSchedule) -> None:
+        super().begin(number, schedule)
         self._first = number == 0
-        solver, calls = (self.solver, self.calls) if self._first else ("ddim", 2)
-        self._segments = Segments(schedule, times(schedule, self.stages()[number].steps).tolist(), calls, solver)
 
     def loss(self, student: Denoiser, teacher: Denoiser, target: Denoiser, batch: Batch) -> Tensor:
         assert batch.scales is not None, "the student of `network` takes a scale"
