@@ -29,14 +29,17 @@ class _Pair(NamedTuple):
 
 class Adaptive(_Pair):
     """What `sample_adaptive` returns: the pair of samples x (B, *shape) and evaluations of each, nfe (B,); and beside the
-    pair, as an attribute, `unfinished` (B,): which ran out of evaluations."""
+    pair, as attributes (B,), the attempted steps that each `accepted` and `rejected`, and the `unfinished`: which ran out of
+    evaluations."""
 
+    accepted: Tensor
+    rejected: Tensor
     unfinished: Tensor
 
     @classmethod
-    def of(cls, x: Tensor, nfe: Tensor, unfinished: Tensor) -> Adaptive:
+    def of(cls, x: Tensor, nfe: Tensor, accepted: Tensor, rejected: Tensor, unfinished: Tensor) -> Adaptive:
         result = cls(x, nfe)
-        result.unfinished = unfinished
+        result.accepted, result.rejected, result.unfinished = accepted, rejected, unfinished
         return result
 
 
@@ -100,7 +103,7 @@ def sample_adaptive(
     if bool(run.unfinished.any()):
         count = f"{int(run.unfinished.sum())} of {len(run.unfinished)}"
         warnings.warn(f"{count} samples reached max_nfe = {max_nfe} before the end; they are flagged", UserWarning, stacklevel=2)
-    return Adaptive.of(run.out, run.nfe, run.unfinished)
+    return Adaptive.of(run.out, run.nfe, run.accepted, run.rejected, run.unfinished)
 
 
 class _Run:
@@ -110,7 +113,7 @@ class _Run:
         self.full, self.control, self.together = denoiser, control, together
         self.out = torch.zeros_like(state)
         count = state.shape[0]
-        self.nfe = torch.zeros(count, dtype=torch.int64, device=state.device)
+        self.nfe, self.accepted, self.rejected = (torch.zeros(count, dtype=torch.int64, device=state.device) for _ in range(3))
         self.unfinished = torch.zeros(count, dtype=torch.bool, device=state.device)
         self.active = torch.arange(count, device=state.device)
         self.x = state
@@ -147,6 +150,8 @@ class _Run:
         if self.together:
             error = error.max().expand_as(error)
         accepted = error <= 1.0
+        self.accepted[self.active] += accepted
+        self.rejected[self.active] += ~accepted
         keep = accepted.view(-1, *(1,) * (self.x.ndim - 1))
         self.x, self.lam = torch.where(keep, tried.high, self.x), torch.where(accepted, end, self.lam)
         if tried.first is not None and tried.last is not None:

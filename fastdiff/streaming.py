@@ -127,8 +127,11 @@ class Work:
     def shards(self) -> range:
         return range(-(-self.count // self.shard))
 
+    def indices(self, number: int) -> range:
+        return range(number * self.shard, min((number + 1) * self.shard, self.count))
+
     def part(self, number: int) -> list[Request]:
-        return self.requests(range(number * self.shard, min((number + 1) * self.shard, self.count)))
+        return self.requests(self.indices(number))
 
     def manifest(self) -> dict[str, Any]:
         """What tells this folder's images from those of any other run."""
@@ -149,12 +152,12 @@ class Stream:
     @property
     def lacking(self) -> int:
         """Images of the shards that are not whole, of all processes."""
-        return sum(len(self.work.part(number)) for number in self.todo)
+        return sum(len(self.work.indices(number)) for number in self.todo)
 
     @property
     def assigned(self) -> int:
         """Of those, the images that this process sees to."""
-        return sum(len(self.work.part(number)) for number in self.world.mine(self.todo))
+        return sum(len(self.work.indices(number)) for number in self.world.mine(self.todo))
 
     def run(self, batches: Batches[Tensor]) -> Iterator[int]:
         """Yields a number of images each time so many more are made or found; at the end all processes are done.

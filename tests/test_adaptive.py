@@ -5,6 +5,7 @@ import warnings
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from analytic import BIMODAL, GAUSSIAN
 
@@ -69,6 +70,8 @@ def test_every_sample_has_its_own_steps_and_its_own_bits(schedule):
     for i in range(5):
         alone = fd.sample_adaptive(Elementwise(s), noise[i : i + 1], **tight)
         assert torch.equal(alone.x[0], together.x[i]) and int(alone.nfe[0]) == int(together.nfe[i])
+        for name in ("accepted", "rejected", "unfinished"):
+            assert getattr(alone, name).item() == getattr(together, name)[i].item(), name
     back = fd.sample_adaptive(Elementwise(s), noise.flip(0), **tight)
     assert torch.equal(back.x.flip(0), together.x)
 
@@ -91,6 +94,48 @@ def test_nfe_counts_what_each_sample_was_asked_for(schedule):
     assert x is out.x and nfe.dtype == torch.int64 and out.unfinished.dtype == torch.bool
     outside = 1 + (float(den.schedule.alpha(den.schedule.t_max)) == 0.0)  # at the end, and away from alpha = 0
     assert set(((nfe - outside) % 3).tolist()) == {0}  # three calls a step
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_accepted_and_rejected_steps_are_counted_by_sample(schedule):
+    """Three calls each; and the accepted ones are those after which the sample is asked at another log-SNR."""
+    s, asked = SCHEDULES[schedule], [[] for _ in NOISE]
+
+    class Watched(Elementwise):
+        def __call__(self, x, t):
+            if isinstance(t, torch.Tensor):
+                for i in range(len(asked)):
+                    asked[i].extend(t[self.index == i].tolist())
+            return super().__call__(x, t)
+
+        index = torch.arange(len(NOISE))
+
+        def subset(self, index, batch):
+            self.index = index
+            return self
+
+    den = Watched(s)
+    out = fd.sample_adaptive(den, NOISE, rtol=1e-4, atol=1e-4, dtype=torch.float64)
+    assert out.accepted.dtype == out.rejected.dtype == torch.int64 and len(set(out.accepted.tolist())) > 1
+    outside = 1 + (float(s.alpha(s.t_max)) == 0.0)
+    assert torch.equal(out.nfe, 3 * (out.accepted + out.rejected) + outside)
+    assert int(out.rejected.min()) > 0, "first steps this long are refused at this tolerance"
+    for times, accepted in zip(asked, out.accepted.tolist(), strict=True):
+        starts = times[: len(times) - 1 : 3]  # the first evaluation of every attempt; the last of all is the prediction
+        assert len(set(starts)) == accepted, "an attempt after a rejected one starts from the same place"
+
+
+def test_a_unet_in_a_batch_takes_the_steps_it_takes_alone(tmp_path):
+    """Within rounding, which convolutions do differently at another batch size (3e-4 seen: it moves the step sizes too)."""
+    den = fd.load(tiny.checkpoint(tmp_path / "a.safetensors"))
+    labels = torch.tensor([0, 1, 2])
+    options = {"rtol": 0.3, "atol": 0.3}
+    whole = fd.sample_adaptive(den.bind(class_labels=labels), seeds=[0, 1, 2], **options)
+    for i in range(3):
+        alone = fd.sample_adaptive(den.bind(class_labels=labels[i : i + 1]), seeds=[i], **options)
+        torch.testing.assert_close(alone.x[0], whole.x[i], rtol=0, atol=2e-3)
+        assert int(alone.accepted[0]) == int(whole.accepted[i]) and int(alone.nfe[0]) == int(whole.nfe[i])
+    assert len(set(whole.nfe.tolist())) > 1, "they leave the batch one by one"
 
 
 @pytest.mark.parametrize("max_nfe", [5, 6, 7, 10, 23])

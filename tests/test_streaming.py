@@ -18,6 +18,7 @@ from analytic import BIMODAL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from test_cli import one_line
 
 import fastdiff as fd
 from fastdiff import files, streaming
@@ -299,11 +300,6 @@ def test_a_disk_that_fills_up_loses_nothing(tmp_path, monkeypatch, layout):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     return tiny.checkpoint(tmp_path_factory.mktemp("stream") / "a.safetensors")
-
-
-def one_line(code, out, err, *words):
-    assert code == 2 and out == "" and len(err.splitlines()) == 1, (code, out, err)
-    assert all(word in err for word in words), err
 
 
 def test_the_command_streams_and_goes_on(fastdiff, checkpoint):

@@ -47,16 +47,16 @@ class Mixture:
         uniform = torch.special.ndtr(normal([0], 2, k)[0].double())
         return cls(means, torch.exp(low + (high - low) * uniform))
 
-    def denoiser(self, schedule: NoiseSchedule) -> Callable[[Tensor, float], Tensor]:
-        """E[x0 | x] at a time of the schedule, for x (n, d)."""
+    def denoiser(self, schedule: NoiseSchedule) -> Callable[[Tensor, float | Tensor], Tensor]:
+        """E[x0 | x] at a time of the schedule, or at one a sample (n,), for x (n, d)."""
 
-        def call(x: Tensor, t: float) -> Tensor:
-            alpha, sigma = float(schedule.alpha(t)), float(schedule.sigma(t))
+        def call(x: Tensor, t: float | Tensor) -> Tensor:
+            alpha, sigma = (torch.as_tensor(f(t), dtype=torch.float64).view(-1, 1) for f in (schedule.alpha, schedule.sigma))
             variance = (alpha * self.widths) ** 2 + sigma**2
-            away = x[:, None] - alpha * self.means
+            away = x[:, None] - alpha[..., None] * self.means
             log = -0.5 * (away.square().sum(-1) / variance + x.shape[1] * variance.log())
             shares = torch.softmax(log, dim=1)[..., None]
-            return (shares * (self.means + (alpha * self.widths**2 / variance)[:, None] * away)).sum(1)
+            return (shares * (self.means + (alpha * self.widths**2 / variance)[..., None] * away)).sum(1)
 
         return call
 
