@@ -13,7 +13,7 @@ from ..denoiser import Denoiser
 from ..errors import CheckpointError, FastdiffError
 from ..plans import Plan
 from ..shipped import HASHES, SHIPPED, shipped_path
-from . import adm, diffusers, edm, ldm, native, onnx
+from . import adm, diffusers, edm, kdiffusion, ldm, native, onnx
 from .adm import load_classifier
 from .options import Options
 from .weights import CONVERT, Weights, listed, read
@@ -50,6 +50,7 @@ FILES = (
     FileFormat("fastdiff's own", native.recognise, native.from_weights),
     FileFormat("EDM", edm.recognise, edm.from_weights),
     FileFormat("Stable Diffusion in one file", ldm.recognise, ldm.from_weights),
+    FileFormat("k-diffusion", kdiffusion.recognise, kdiffusion.from_weights),
     FileFormat("guided-diffusion", adm.recognise, adm.from_weights),
 )
 

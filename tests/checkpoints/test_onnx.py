@@ -34,6 +34,9 @@ CLASSES = """
 """
 
 
+PLAIN = CLASSES.replace(", int64[{batch}] class_labels", "").replace("Cast <to = 1> (class_labels)", "Identity (one)")
+
+
 def network(x, t, class_labels):
     return x * (1 + class_labels.view(-1, 1, 1, 1)) + t.view(-1, 1, 1, 1) / 1000
 
@@ -86,8 +89,7 @@ def test_every_command_runs_it(fastdiff, tmp_path, monkeypatch):
 
     monkeypatch.setattr(converged, "FIRST_STEPS", 4)
     monkeypatch.setattr(converged, "MOST_STEPS", 8)
-    plain = CLASSES.replace(", int64[{batch}] class_labels", "").replace("Cast <to = 1> (class_labels)", "Identity (one)")
-    path = saved(tmp_path, plain.replace(", 2, 4, 4]", ", 1, h, w]"), {**SAID, "shape": [1, 4, 4]})
+    path = saved(tmp_path, PLAIN.replace(", 2, 4, 4]", ", 1, h, w]"), {**SAID, "shape": [1, 4, 4]})
     code, out, err = fastdiff("info", path, "--json")
     assert code == 0, err
     info = json.loads(out)["checkpoint"]
