@@ -17,9 +17,9 @@ from ..checkpoints import native
 from ..denoiser import Denoiser
 from ..errors import FastdiffError
 from ..files import write_bytes
+from ..parallel import join, local
+from ..resume import check_same, read_state
 from ..training.data import Images, batch_indices
-from ..training.parallel import join, local
-from ..training.resume import check_same, read_state
 from .method import Batch, Method, Stage
 from .students import check_data, frozen, student_network, with_network
 

@@ -20,10 +20,10 @@ from ..denoiser import Denoiser
 from ..errors import FastdiffError
 from ..files import write_bytes
 from ..models import UNet, UNetConfig
+from ..resume import check_same, read_state
 from ..schedule import NoiseSchedule, from_config
 from . import losses
 from .data import Images, batch_indices
-from .resume import check_same, read_state
 from .variance import bound
 
 
