@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import fused
 from .brownian import shared_path
 from .errors import FastdiffError, NonFiniteError
 from .noise import NoiseSource, check_seeds, from_seeds
@@ -102,7 +103,8 @@ def begin(
 def run(
     denoiser: DenoiserLike, plan: Plan, x: Tensor, source: NoiseSource | None = None, callback: Callback | None = None
 ) -> Tensor:
-    """The loop: x is the state at the plan's start level. No host sync, no arithmetic on weights, dead history dropped."""
+    """The loop: x is the state at the plan's start level. No host sync, no arithmetic on weights, dead history dropped. On a GPU
+    a row is one op (fastdiff.fused), where its rows are linear and the state is float32."""
     registers: dict[int, Any] = {}
     drawn = 0
 
@@ -120,6 +122,8 @@ def run(
             if plan.first_noise is not None:
                 registers[plan.first_noise] = z
     y = registers[0] = x
+    if x.is_cuda and x.dtype == torch.float32 and fused.fits(plan):
+        return fused.run(denoiser, plan, registers, source, drawn, callback)
     for i, step in enumerate(plan.program):
         y = advance(registers, step, y, _predict(denoiser, y, step), draw)
         if callback is not None:

@@ -16,9 +16,9 @@ HEAVY = ("triton", "onnx", "onnxruntime", "diffusers", "matplotlib", "PIL", "skl
 
 # From the bottom up: a part imports its own layer and those above it in this list. A new part goes where it belongs.
 LAYERS = [
-    {"errors"}, {"files", "parallel", "resume"}, {"shipped", "streaming"}, {"schedule"}, {"prediction", "grid", "coeffs"},
+    {"errors"}, {"files", "parallel", "resume", "philox"}, {"shipped", "streaming"}, {"schedule"}, {"prediction", "grid", "coeffs"},
     {"plans"}, {"solvers"}, {"kernels"}, {"ops"},
-    {"noise", "denoiser"}, {"guide", "sampling", "brownian", "pairs"}, {"adaptive", "models", "graph", "patching"},
+    {"noise", "denoiser"}, {"fused"}, {"guide", "sampling", "brownian", "pairs"}, {"adaptive", "models", "graph", "patching"},
     {"checkpoints"},
     {"metrics"}, {"training", "tasks", "compat"}, {"bench"}, {"distill", "tuning"}, {"export"}, {"cli"}, {"__main__"},
 ]  # fmt: skip
