@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,13 @@ if TYPE_CHECKING:
     from .plans import Plan
 
 Network = Callable[..., Any]
+
+
+class Folded(NamedTuple):
+    """A denoiser's own arithmetic at one time, where it is linear: D = skip x + sum of weight * network output."""
+
+    skip: float
+    weights: tuple[float, ...]
 
 
 class Denoiser:
@@ -145,6 +152,18 @@ class Denoiser:
             raise FastdiffError("this plan needs learned variance: a network that returns twice the channels of its input")
         return x * c_skip + self._drop_variance(f, x) * c_out, f[:, x.shape[1] :]
 
+    def folded(self, t: float) -> Folded | None:
+        """What turns `outputs` at time t into the prediction, for who does that arithmetic elsewhere; None: call the denoiser."""
+        if type(self).__call__ is not Denoiser.__call__:
+            return None
+        (_, c_skip, c_out), _ = self._levels.get(t) or self._at(t)
+        return Folded(c_skip, (c_out,))
+
+    def outputs(self, x: Tensor, t: float) -> tuple[Tensor, ...]:
+        """The network's outputs at time t, each of x's shape and of the network's own dtype: one for each weight of `folded`."""
+        (c_in, _, _), noise_level = self._levels.get(t) or self._at(t)
+        return (self._output(x, c_in, x.new_full((x.shape[0],), noise_level, dtype=torch.float32)),)
+
     def raw(self, x: Tensor, c_noise: Tensor) -> Tensor:
         """The network's own output F for an input already scaled by c_in, in the network's dtype."""
         dtype = self.dtype
@@ -152,14 +171,17 @@ class Denoiser:
 
     def _denoise(self, x: Tensor, c: Coefficients, c_noise: Tensor) -> Tensor:
         c_in, c_skip, c_out = c
-        f = self.raw(x if isinstance(c_in, float) and c_in == 1.0 else x * c_in, c_noise)
+        f = self._output(x, c_in, c_noise)
         if f.dtype != x.dtype:
             f = f.to(x.dtype)
-        if f.shape != x.shape:
-            f = self._drop_variance(f, x)
         if isinstance(c_skip, float):
             return (x * c_skip).add_(f, alpha=c_out) if c_skip != 0.0 else f * c_out
         return x * c_skip + f * c_out
+
+    def _output(self, x: Tensor, c_in: Any, c_noise: Tensor) -> Tensor:
+        """What the network predicts, of x's shape."""
+        f = self.raw(x if isinstance(c_in, float) and c_in == 1.0 else x * c_in, c_noise)
+        return f if f.shape == x.shape else self._drop_variance(f, x)
 
     def _drop_variance(self, f: Tensor, x: Tensor) -> Tensor:
         doubled = (x.shape[0], 2 * x.shape[1], *x.shape[2:])

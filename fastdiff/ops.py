@@ -33,15 +33,15 @@ def backends() -> dict[str, str]:
     return {
         "group_norm_silu": "triton" if reason is None else f"torch ({reason})",
         "attention": "torch (no kernel yet)",
-        "combine": "torch (no kernel yet)",
+        "combine": "triton" if reason is None else f"torch ({reason})",
     }
 
 
 def onnx_table() -> dict[Any, Any]:
     """The fused ops for torch.onnx.export(..., custom_translation_table=): a network on a GPU is traced with them inside."""
-    from .kernels import group_norm as fused
+    from .kernels import combine, group_norm
 
-    return fused.onnx_table()
+    return {**group_norm.onnx_table(), **combine.onnx_table()}
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -49,9 +49,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
-def combine(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """The weighted sum of same-shaped tensors: one row of a plan. Never aliases an input; needs at least one tensor."""
-    y = tensors[0] * weights[0]
-    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
-        y.add_(tensor, alpha=weight)
-    return y
+def combine(inputs: Sequence[Tensor], weights: Tensor, seeds: Tensor | None = None, draw: int = 0) -> list[Tensor]:
+    """The update of a row of a plan: out[j] = sum_i weights[j, i] inputs[i], and with seeds + weights[j, -1] noise(seeds, draw).
+
+    Shapes: inputs (B, ...), all alike; weights (outputs, inputs or one more), on their device; seeds (B,) int64 bits.
+    """
+    from .kernels import combine as fused
+
+    if weights.device.type != "cuda":
+        fused.check(inputs, weights, seeds, draw)
+        return fused.reference(inputs, weights, seeds, draw)
+    return torch.ops.fastdiff.combine(list(inputs), weights, seeds, draw)

@@ -20,12 +20,17 @@ TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 ARCHITECTURES = (80, 90, 100)
 
 
+def paths(index, kind):
+    """Where an argument stands; each element of a tuple has a place of its own."""
+    return [(index, i) for i in range(len(kind))] if isinstance(kind, tuple) else [(index,)]
+
+
 def resources(case, architecture):
     """Registers a thread, bytes of shared memory a program, and bytes of stack and local memory a thread: spills."""
     names = case.kernel.arg_names
     signature = {name: case.types.get(name, "constexpr") for name in names}
     fixed = {name: case.constants.get(name) for name in names if name not in case.types}
-    attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible}
+    attrs = {path: [["tt.divisibility", 16]] for name in case.divisible for path in paths(names.index(name), case.types[name])}
     source = ASTSource(case.kernel, signature=signature, constexprs=fixed, attrs=attrs)
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": case.num_warps})
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
