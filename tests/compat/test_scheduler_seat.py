@@ -26,6 +26,7 @@ PIPELINES = {
 SD_CONFIG = pipelines.sd_scheduler().config
 APART = ("EDM", "FlowMatch", "CM", "DPMSolverSDE")  # in test_scheduler_classes: another model, or noise of its own
 VP_CLASSES = [name for name in CLASSES if not name.startswith(APART)]
+TWINS = ("DDIMParallelScheduler", "DDPMParallelScheduler", "CogVideoXDDIMScheduler")  # of others: in a pipeline only when slow
 
 
 def both(make, steps, config=None, solver=None, changes=None, **more):
@@ -46,7 +47,7 @@ def test_a_pipeline_s_own_class(make, steps):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=ALIKE)
 
 
-@pytest.mark.parametrize("solver", VP_CLASSES)
+@pytest.mark.parametrize("solver", [pytest.param(n, marks=pytest.mark.slow) if n in TWINS else n for n in VP_CLASSES])
 @pytest.mark.parametrize("steps", [1, 4])
 def test_a_class_name_is_that_class(solver, steps):
     theirs, ours = both(pipelines.sd, steps, SD_CONFIG, solver)
@@ -332,8 +333,11 @@ def test_bad_options(options, match):
 
 
 def test_bad_runs():
-    for wrong in ({}, {"sample_rate": 16000, "_class_name": "CosineDPMSolverMultistepScheduler"}, {"width": 3}):
-        with pytest.raises(FastdiffError):
+    for wrong, match in (({}, "entries are no class's: none"), ({"width": 3}, "entries are no class's: width"),
+                         ({"sample_rate": 16000, "_class_name": "CosineDPMSolverMultistepScheduler"}, "torchsde|no noise"),
+                         ({"_class_name": "AmusedScheduler"}, "describes no noise schedule"),
+                         ({"_class_name": "UNet2DModel", "sample_size": 8}, "no scheduler class 'UNet2DModel'")):  # fmt: skip
+        with pytest.raises(FastdiffError, match=match):
             Seat.from_config(wrong, solver="ddim").set_timesteps(5)
     pipe = pipelines.sd(diffusers.StableDiffusionImg2ImgPipeline)
     pipe.scheduler = Seat.from_config(SD_CONFIG, solver="unipc-2")
