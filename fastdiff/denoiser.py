@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -120,6 +120,10 @@ class Denoiser:
         bound = copy.copy(self)
         bound.cond = {**self.cond, **cond}
         return bound
+
+    def bound(self) -> Iterator[tuple[str, Any]]:
+        """Every condition that an evaluation takes, with its name."""
+        yield from self.cond.items()
 
     def calls_at(self, t: float) -> int:
         """Network calls of an evaluation at time t."""

@@ -6,7 +6,7 @@ import copy
 import inspect
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -54,6 +54,10 @@ class Guided(Denoiser):
         if contrast := [k for k in cond if mine.get(k) is not others.get(k)]:
             raise FastdiffError(f"guidance contrasts {', '.join(contrast)}: bind it before guide.cfg, or give it to cfg")
         return self._with(self.positive.bind(**cond), self.negative.bind(**cond))
+
+    def bound(self) -> Iterator[tuple[str, Any]]:
+        yield from self.positive.bound()
+        yield from self.negative.bound()
 
     def subset(self, index: Tensor, batch: int) -> Denoiser:
         return self._with(self.positive.subset(index, batch), self.negative.subset(index, batch))
