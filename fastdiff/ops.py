@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+ATTENTION_BY_TORCH = "our kernel was not measured to be faster anywhere: benches/gpu.sh --only attention"
 
 
 def group_norm_silu(
@@ -27,26 +28,32 @@ def group_norm_silu(
 
 def backends() -> dict[str, str]:
     """What each op runs on here: "triton", or "torch" and why."""
+    from .kernels import attention
     from .kernels.availability import missing_triton
 
     reason = missing_triton(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    return {
-        "group_norm_silu": "triton" if reason is None else f"torch ({reason})",
-        "attention": "torch (no kernel yet)",
-        "combine": "triton" if reason is None else f"torch ({reason})",
-    }
+    ours = "triton" if reason is None else f"torch ({reason})"
+    measured = f"torch ({ATTENTION_BY_TORCH})" if not attention.FASTER else "triton where it was measured to be faster, else torch"
+    return {"group_norm_silu": ours, "attention": measured if reason is None else ours, "combine": ours}
 
 
 def onnx_table() -> dict[Any, Any]:
     """The fused ops for torch.onnx.export(..., custom_translation_table=): a network on a GPU is traced with them inside."""
-    from .kernels import combine, group_norm
+    from .kernels import attention, combine, group_norm
 
-    return {**group_norm.onnx_table(), **combine.onnx_table()}
+    return {**group_norm.onnx_table(), **attention.onnx_table(), **combine.onnx_table()}
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v for (B, heads, length, d) inputs."""
-    return F.scaled_dot_product_attention(q, k, v)
+def attention(q: Tensor, k: Tensor, v: Tensor, residual: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """softmax(q k^T scale) v + residual; scale None is 1 / sqrt(d). By our kernel where it was measured to be the fastest.
+
+    Shapes: q and residual (B, heads, S, d); k and v (B, heads, S', d); views of a fused projection are read in place.
+    """
+    from .kernels import attention as fused
+
+    if q.device.type == "cuda" and fused.faster(q, k, v):
+        return torch.ops.fastdiff.attention(q, k, v, residual, scale)
+    return fused.reference(q, k, v, residual, scale)
 
 
 def combine(inputs: Sequence[Tensor], weights: Tensor, seeds: Tensor | None = None, draw: int = 0) -> list[Tensor]:
