@@ -8,32 +8,43 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ATTENTION_BY_TORCH = "our kernel was not measured to be faster anywhere: benches/gpu.sh --only attention"
+BY_TORCH = "torch (our kernel was not measured to be faster anywhere: benches/gpu.sh --only attention)"
+BY_MEASURE = "triton where it was measured to be faster, else torch"
 
 
 def group_norm_silu(
-    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5,
-    scale: Tensor | None = None, shift: Tensor | None = None, silu: bool = True,
+    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5,
+    scale: Tensor | None = None, shift: Tensor | None = None, silu: bool = True, residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """silu(GroupNorm(x) * (1 + scale) + shift), statistics in float32.
+    """silu(GroupNorm(x + residual) * (1 + scale) + shift), statistics in float32.
 
-    Shapes: x (B, C, *spatial); weight, bias (C,); scale, shift (B, C) or None. Returns x's shape and dtype.
+    Shapes: x (B, C, *spatial); residual broadcasts to x; weight, bias (C,) or None; scale, shift (B, C) or None. Returns x's shape
+    and dtype.
     """
     from .kernels import group_norm as fused
 
     if x.device.type != "cuda":  # the op would make the same numbers, and the statistics that only its gradient needs
-        return fused.reference(x, fused.Norm(groups, weight, bias, eps, scale, shift, silu))
+        total = x if residual is None else x + residual
+        return fused.reference(total, fused.Norm(groups, weight, bias, eps, scale, shift, silu))
+    if residual is not None:
+        return torch.ops.fastdiff.add_group_norm(x, residual.expand_as(x), groups, weight, bias, eps, scale, shift, silu)[0]
     return torch.ops.fastdiff.group_norm(x, groups, weight, bias, eps, scale, shift, silu)[0]
+
+
+def why_torch(device: torch.device) -> str | None:
+    """Why the ops are torch's on a device; None where the kernels run."""
+    from .kernels.availability import missing_triton
+
+    return missing_triton(device)
 
 
 def backends() -> dict[str, str]:
     """What each op runs on here: "triton", or "torch" and why."""
     from .kernels import attention
-    from .kernels.availability import missing_triton
 
-    reason = missing_triton(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    reason = why_torch(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     ours = "triton" if reason is None else f"torch ({reason})"
-    measured = f"torch ({ATTENTION_BY_TORCH})" if not attention.FASTER else "triton where it was measured to be faster, else torch"
+    measured = BY_MEASURE if attention.FASTER else BY_TORCH
     return {"group_norm_silu": ours, "attention": measured if reason is None else ours, "combine": ours}
 
 

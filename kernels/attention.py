@@ -1,8 +1,9 @@
 """Attention of U-Nets as a registered op: softmax(q k^T scale) v + residual, self and cross, read in the layout it comes in.
 
-q, k and v are (batch, heads, positions, head) views with any strides: parts of a fused projection, be it
-(B, S, 3 H d) or (B, 3 H d, S), are read in place, and the result lies as the output projection reads it. `torch.ops.fastdiff.attention` runs the Triton kernel of
-attention_triton.py on a GPU and torch's scaled_dot_product_attention wherever that does not run; `why_not` says why.
+q, k and v are (batch, heads, positions, head) views with any strides: parts of a fused projection, be it (B, S, 3 H d) or
+(B, 3 H d, S), are read in place, and the result lies as the output projection reads it. `torch.ops.fastdiff.attention` runs the
+Triton kernel of attention_triton.py on a GPU and torch's scaled_dot_product_attention wherever that does not run; `why_not` says
+why.
 
 Where a kernel may run it need not be the faster one: `faster` is what `fastdiff.ops` asks, and it answers by measurement alone.
 """
