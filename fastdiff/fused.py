@@ -18,7 +18,8 @@ from . import ops
 from .denoiser import Denoiser, Folded
 from .noise import NoiseSource, Seeded
 from .philox import seed_bits
-from .plans import Plan, Step
+from .plans import Plan
+from .program import Step, Terms
 
 Column = str | int  # "y", "noise", an output of the denoiser "f0", "f1", or a register
 Vector = dict[Column, float]
@@ -44,9 +45,9 @@ def fits(plan: Plan) -> bool:
 
 
 def matrices(plan: Plan, folded: Callable[[float], Folded | None]) -> list[Matrix]:
-    """The rows of a plan for a denoiser whose arithmetic at time t is `folded(t)`; in float64."""
+    """The steps of a plan's program for a denoiser whose arithmetic at time t is `folded(t)`; in float64."""
     out, same = [], True  # whether the point is the base
-    for step in plan.program:
+    for step in plan.program.all:
         out.append(_matrix(step, folded(step.t) if step.call else None, same))
         same = step.base is None
     return out
@@ -57,11 +58,12 @@ def _matrix(step: Step, folded: Folded | None, same: bool) -> Matrix:
     skip, weights = folded or Folded(0.0, (1.0,))
     outputs: list[tuple[float, Vector]] = [(w, {f"f{i}": 1.0}) for i, w in enumerate(weights)]
     d = _add([(skip, y), *outputs])
-    values: dict[int, Vector] = {r: _add([(p, y), (q, d)] if q else [(p, y)]) for r, p, q in step.stores}
+    values: dict[int, Vector] = dict.fromkeys(step.keeps, d)
+    values |= {r: _add([(p or 0.0, y), (q or 0.0, d)]) for r, p, q in step.stores}
     if step.draw is not None:
         values[step.draw] = {"noise": 1.0}
 
-    def total(terms: tuple[tuple[int, float], ...]) -> Vector:
+    def total(terms: Terms) -> Vector:
         return _add([(w, values.get(r, {r: 1.0})) for r, w in terms])
 
     lines: list[tuple[int | None, Vector]] = [(BASE if step.base is None else None, total(step.next))]
@@ -96,8 +98,8 @@ class Draws:
     """The draws of a plan in order: made by the op from seeds, or taken from another source."""
 
     source: NoiseSource | None
-    made: int  # so far
     like: Tensor
+    made: int = 0  # so far
     seeds: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -115,21 +117,19 @@ class Draws:
 
 
 def run(
-    denoiser: Any, plan: Plan, registers: dict[int, Tensor], source: NoiseSource | None, drawn: int,
-    callback: Callable[[int, Tensor], None] | None = None,
-) -> Tensor:  # fmt: skip
-    """The rows of a plan from the base in register 0, `drawn` noises having been drawn before."""
-    y = registers[BASE]
+    denoiser: Any, plan: Plan, x: Tensor, source: NoiseSource | None, callback: Callable[[int, Tensor], None] | None = None
+) -> Tensor:
+    """`sampling.run` with a step of the program as one op."""
+    registers = {BASE: x}
     folds = isinstance(denoiser, Denoiser)
-    rows = matrices(plan, denoiser.folded if folds else lambda t: None)
-    table = torch.tensor(np.concatenate([row.weights.ravel() for row in rows]), dtype=y.dtype, device=y.device)
-    draws = Draws(source, drawn, y)
-    first = 0
-    for i, row in enumerate(rows):
-        last = first + row.weights.size
-        y = _advance(denoiser, row, table[first:last].view(row.weights.shape), registers, y, draws)
+    steps = matrices(plan, denoiser.folded if folds else lambda t: None)
+    table = torch.tensor(np.concatenate([step.weights.ravel() for step in steps]), dtype=x.dtype, device=x.device)
+    draws, y, first = Draws(source, x), x, 0
+    for i, step in enumerate(steps, start=len(plan.rows) - len(steps)):  # the opening, where there is one, is no row
+        last = first + step.weights.size
+        y = _advance(denoiser, step, table[first:last].view(step.weights.shape), registers, y, draws)
         first = last
-        if callback is not None:
+        if callback is not None and i >= 0:
             callback(i, y)
     return y
 

@@ -37,7 +37,7 @@ def test_class_labels(tmp_path):
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_text_to_image(tmp_path):
-    text, tokenizer = hub.clip(tmp_path)
+    text, tokenizer = hub.clip()
     parts = hub.make("AutoencoderKL", **hub.KL), text, tokenizer, hub.make("UNet2DConditionModel", **hub.TEXT_UNET)
     scheduler = DDIMScheduler(**hub.VPS, clip_sample=False, steps_offset=1)
     pipe = diffusers.StableDiffusionPipeline(*parts, scheduler, None, None, requires_safety_checker=False)

@@ -22,7 +22,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +143,7 @@ def student_record(teacher: Denoiser, method: Method, data: Images | None, work:
         if getattr(student.network, "guidance_range", None) is not None:
             rows += guided_rows(figures, student, student.plan)
     record = {
-        "method": method.name, "settings": {k: v for k, v in asdict(method).items() if not k.startswith("_")},  # type: ignore[call-overload]
+        "method": method.name, "settings": method.settings(),
         "seconds": json.loads(clock.read_text()), "updates": total, "images": sum(s.updates * s.batch for s in run.stages),
         "skipped": run.skipped, "teacher": teacher.hash, "rows": rows, "versions": versions(),
     }  # fmt: skip

@@ -31,11 +31,14 @@ SHOWN = 10  # samples in the picture
 FEWEST = 20  # samples that KID takes
 
 
-def need_pictures() -> None:
+def need_pictures(sharded: bool) -> None:
     """
     Raises:
-        FastdiffError: matplotlib is not installed.
+        FastdiffError: matplotlib is not installed, or no process has the whole student.
     """
+    if sharded:
+        raise FastdiffError("--view-every samples the student on the first process, which has only a share of it under --fsdp: "
+                            "leave one of them out")  # fmt: skip
     if importlib.util.find_spec("matplotlib") is None:
         raise FastdiffError("--view-every draws pictures: pip install 'fastdiff[plots]', or leave it out")
 

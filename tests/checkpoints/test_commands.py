@@ -49,7 +49,7 @@ def test_a_latent_pipeline_of_classes(fastdiff, tmp_path):
 
 
 def test_prompts(fastdiff, tmp_path):
-    text, tokenizer = hub.clip(tmp_path)
+    text, tokenizer = hub.clip()
     parts = hub.make("AutoencoderKL", **hub.KL), text, tokenizer, hub.make("UNet2DConditionModel", **hub.TEXT_UNET)
     scheduler = diffusers.DDIMScheduler(**hub.VPS, clip_sample=False, steps_offset=1)
     pipe = diffusers.StableDiffusionPipeline(*parts, scheduler, None, None, requires_safety_checker=False)

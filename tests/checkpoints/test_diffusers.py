@@ -281,7 +281,7 @@ def test_networks_that_need_more_say_so(change, words, tmp_path):
 
 def test_a_whole_text_to_image_pipeline_gives_the_librarys_images(tmp_path):
     """Prompts, guidance against the empty prompt, DDIM, the autoencoder: every part against StableDiffusionPipeline's call."""
-    text, tokenizer = hub.clip(tmp_path)
+    text, tokenizer = hub.clip()
     vae, unet = hub.make("AutoencoderKL", **hub.KL), hub.make("UNet2DConditionModel", **hub.TEXT_UNET)
     scheduler = diffusers.DDIMScheduler(**hub.VPS, clip_sample=False, timestep_spacing="trailing", steps_offset=1)
     pipe = diffusers.StableDiffusionPipeline(
