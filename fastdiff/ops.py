@@ -18,8 +18,8 @@ def group_norm_silu(
 ) -> Tensor:  # fmt: skip
     """silu(GroupNorm(x + residual) * (1 + scale) + shift), statistics in float32.
 
-    Shapes: x (B, C, *spatial); residual broadcasts to x; weight, bias (C,) or None; scale, shift (B, C) or None. Returns x's shape
-    and dtype.
+    Shapes: x (B, C, *spatial); residual broadcasts to x; weight, bias (C,) or None; scale, shift (B, C) or None. Returns
+    x's shape and dtype.
     """
     from .kernels import group_norm as fused
 

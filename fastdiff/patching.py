@@ -86,8 +86,8 @@ def patch(
 ) -> Report:
     """Puts fused kernels into a network: GroupNorm with SiLU, embedding and scale-shift; attention.
 
-    Knows diffusers' UNet2DModel, UNet2DConditionModel, AutoencoderKL and what is built of their blocks, and any nn.GroupNorm. Our own
-    U-Net calls the same ops unpatched. On a device where the kernels do not run the ops are torch's, and the report says so.
+    Knows diffusers' UNet2DModel, UNet2DConditionModel, AutoencoderKL and what is built of their blocks, and any nn.GroupNorm. Our
+    own U-Net calls the same ops unpatched. On a device where the kernels do not run the ops are torch's, and the report says so.
 
     Args:
         model: a module, or a Denoiser, whose network and decoder are then patched.
@@ -206,7 +206,7 @@ def _resnet(block: Any) -> list[Change] | str:
         return f"its activation is {type(block.nonlinearity).__name__}, not SiLU"
     if not type(block.norm1) is type(block.norm2) is nn.GroupNorm:
         return f"its norms are {type(block.norm1).__name__} and {type(block.norm2).__name__}"
-    if block.time_embedding_norm not in ("default", "scale_shift"):
+    if block.time_emb_proj is not None and block.time_embedding_norm not in ("default", "scale_shift"):
         return f"its embedding enters by {block.time_embedding_norm}"
     return _taken(block, block.norm1, block.norm2, block.nonlinearity) or [(block, "forward", MethodType(resnet_forward, block))]
 

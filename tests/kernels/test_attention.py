@@ -9,6 +9,7 @@ from fastdiff.errors import FastdiffError
 from fastdiff.kernels import attention as m
 
 op = torch.ops.fastdiff.attention
+QUICK = ("test_schema", "test_autograd_registration", "test_faketensor")
 
 
 def tensors(queries=5, keys=3, head=4, dtype=torch.float32, batch=2):
@@ -32,8 +33,9 @@ def test_gradients_against_finite_differences():
     assert torch.autograd.gradcheck(lambda *x: op(*x, 0.7), given)
 
 
-def test_opcheck():
-    torch.library.opcheck(op.default, (*(x.requires_grad_() for x in tensors()), 0.7))
+@pytest.mark.parametrize("utils", [QUICK, pytest.param("test_aot_dispatch_dynamic", marks=pytest.mark.slow)])
+def test_opcheck(utils):
+    torch.library.opcheck(op.default, (*(x.requires_grad_() for x in tensors()), 0.7), test_utils=utils)
 
 
 @pytest.mark.parametrize(

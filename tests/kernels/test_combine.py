@@ -10,6 +10,7 @@ from fastdiff.noise import normal
 from fastdiff.philox import seed_bits
 
 op = torch.ops.fastdiff.combine
+QUICK = ("test_schema", "test_autograd_registration", "test_faketensor")
 
 
 def tensors(count, shape=(2, 3, 4), dtype=torch.float32):
@@ -42,9 +43,10 @@ def test_gradients_against_finite_differences(seeded):
     assert torch.autograd.gradcheck(lambda w, *x: op(list(x), w, seeds, 1)[1], (weights, *inputs))  # one output unused
 
 
-def test_opcheck():
+@pytest.mark.parametrize("utils", [QUICK, pytest.param("test_aot_dispatch_dynamic", marks=pytest.mark.slow)])
+def test_opcheck(utils):
     inputs = [x.requires_grad_() for x in tensors(3)]
-    torch.library.opcheck(op.default, (inputs, torch.rand(2, 4).requires_grad_(), seed_bits([1, 2]), 1))
+    torch.library.opcheck(op.default, (inputs, torch.rand(2, 4).requires_grad_(), seed_bits([1, 2]), 1), test_utils=utils)
 
 
 @pytest.mark.parametrize(
