@@ -10,6 +10,7 @@ from .adaptive import sample_adaptive
 from .checkpoints import load
 from .compat.accelerated import accelerate
 from .denoiser import Denoiser
+from .patching import patch
 from .plans import Plan, Row, Weights
 from .sampling import sample
 from .solvers import list_solvers, plan
@@ -17,5 +18,5 @@ from .solvers import list_solvers, plan
 __version__ = "0.1.0"
 __all__ = [
     "Denoiser", "Plan", "Row", "Weights", "accelerate", "compat", "errors", "grid", "guide", "list_solvers", "load", "noise",
-    "plan", "sample", "sample_adaptive", "schedule",
+    "patch", "plan", "sample", "sample_adaptive", "schedule",
 ]  # fmt: skip
