@@ -23,6 +23,7 @@ LAYERS = [
     {"metrics"}, {"training", "tasks", "compat"}, {"bench"}, {"distill", "tuning"}, {"export"}, {"cli"}, {"__main__"},
 ]  # fmt: skip
 RANK = {part: i for i, layer in enumerate(LAYERS) for part in layer}
+NO_TORCH = ("coeffs", "grid", "plans", "program", "reference", "solvers")
 UPWARD = {("checkpoints.onnx", "export")}  # an exported engine is a checkpoint too; imported lazily
 
 
@@ -73,7 +74,7 @@ def test_imports_point_down(name):
         assert "" not in set(inside(name)), f"{name} imports the package's own face"
 
 
-@pytest.mark.parametrize("name", [n for n in TREES if n.split(".")[0] in ("coeffs", "grid", "plans", "program", "reference", "solvers")])
+@pytest.mark.parametrize("name", [n for n in TREES if n.split(".")[0] in NO_TORCH])
 def test_plans_and_solvers_are_free_of_torch(name):
     assert not [t for t in imports(name) if t.split(".")[0] == "torch"]
 
