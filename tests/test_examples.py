@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from safetensors.torch import save_file
 
 FOLDER = Path(__file__).parent / "examples"
-SEATS = {"accelerate_pipeline", "comfyui_node", "diffusers_scheduler"}  # run in tests/compat
+SEATS = {"a1111_script", "accelerate_pipeline", "comfyui_node", "diffusers_scheduler"}  # run in tests/compat
 
 
 def example(name):
