@@ -36,7 +36,7 @@ def both(den, plan, noise=None, dtype=torch.float32):
     return eager, ours, seen
 
 
-@pytest.mark.parametrize("name", sorted(set(fd.list_solvers()) - {"annealed-langevin"}))  # its rows are ddpm's, hundreds of them
+@pytest.mark.parametrize("name", sorted(set(fd.list_solvers()) - {"annealed-langevin"}))  # hundreds of like rows
 def test_every_solver(name):
     plan = fd.plan(name, SCHEDULE, 6)
     if not fused.fits(plan):

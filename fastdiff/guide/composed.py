@@ -30,6 +30,13 @@ class Composed(Wrapped):
     def calls_at(self, t: float) -> int:
         return self.calls
 
+    @property
+    def leaves(self) -> tuple[Denoiser, ...]:
+        return (*self.inner.leaves, *(leaf for part, _ in self.parts for leaf in part.leaves))
+
+    def choices(self, t: float) -> tuple[Any, ...]:
+        return (*self.inner.choices(t), *(choice for part, _ in self.parts for choice in part.choices(t)))
+
     def __call__(self, x: Tensor, t: float | Tensor) -> Tensor:
         total = self.inner(x, t) * self.rest if self.rest else torch.zeros_like(x)
         for part, scale in self.parts:

@@ -35,6 +35,14 @@ class Wrapped(Denoiser):
     def calls_at(self, t: float) -> int:
         return self.inner.calls_at(t)
 
+    @property
+    def leaves(self) -> tuple[Denoiser, ...]:
+        return self.inner.leaves
+
+    def choices(self, t: float) -> tuple[Any, ...]:
+        """The time itself, where a subclass does not say what it takes from it."""
+        return (t, *self.inner.choices(t))
+
     def bind(self, **cond: Any) -> Denoiser:
         return self._around(self.inner.bind(**cond), self.targets)
 

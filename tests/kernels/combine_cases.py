@@ -1,21 +1,11 @@
 """What the launcher of combine asks the compiler for."""
 
-from dataclasses import dataclass
 from itertools import product
-from typing import Any
+
+from cubins import Case
 
 from fastdiff.kernels import combine_triton as m
 from fastdiff.kernels.combine import INPUTS, OUTPUTS
-
-
-@dataclass(frozen=True)
-class Case:
-    name: str
-    kernel: Any
-    types: dict[str, Any]
-    constants: dict[str, Any]
-    num_warps: int
-    divisible: set[str]  # by 16, of which Triton makes a variant of its own
 
 
 def case(inputs, outputs, dtype, noise, aligned=True):
