@@ -2,8 +2,8 @@
 
     python benches/loading.py     # results/loading.json; five minutes, 2 GB of files under out/loading, needs diffusers
 
-A network of random weights is written in each container. A process of its own loads it, after a tiny one of the same kind (so that
-all imports and libraries are there), and runs it once, so that every mapped page was touched. Counted is the growth of the
+A network of random weights is written in each container. A process of its own loads it, after a tiny one of the same kind (so
+that all imports and libraries are there), and runs it once, so that every mapped page was touched. Counted is the growth of the
 process' high-water mark (VmHWM), mapped pages of the file included. The bar: at most 1.2 times the weights. Two controls: a
 loader that reads the file and copies it shows about 2 by the same measure; and diffusers' own from_pretrained.
 """

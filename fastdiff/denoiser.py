@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .errors import FastdiffError
-from .prediction import Coefficients, check_prediction, coefficients
+from .prediction import Coefficients, Level, check_prediction, coefficients
 from .schedule import NoiseSchedule
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class Denoiser:
         self.info: dict[str, Any] = {}  # the checkpoint's own metadata
         self.decoder: Callable[[Tensor], Tensor] | None = None  # samples -> images in data_range, where samples are latents
         self.encode: Callable[[Sequence[str]], dict[str, Any]] | None = None  # prompts -> the conditions to bind
-        self._levels: dict[float, tuple[Coefficients, float]] = {}
+        self.levels: dict[float, tuple[Coefficients, Level]] = {}  # of every float time asked for: see `level`
 
     @property
     def guidance(self) -> float | None:
@@ -121,6 +121,10 @@ class Denoiser:
         bound.cond = {**self.cond, **cond}
         return bound
 
+    def bound(self) -> Iterator[tuple[str, Any]]:
+        """Every condition that an evaluation takes, with its name."""
+        yield from self.cond.items()
+
     def calls_at(self, t: float) -> int:
         """Network calls of an evaluation at time t."""
         return self.calls
@@ -135,8 +139,8 @@ class Denoiser:
         if isinstance(t, Tensor):
             c, c_noise = self._at_tensor(x, t)
         else:
-            c, noise_level = self._levels.get(t) or self._at(t)
-            c_noise = x.new_full((x.shape[0],), noise_level, dtype=torch.float32)
+            c, level = self.levels.get(t) or self.level(t)
+            c_noise = told(x, level)
         return self._denoise(x, c, c_noise)
 
     def with_variance(self, x: Tensor, t: float) -> tuple[Tensor, Tensor]:
@@ -146,8 +150,8 @@ class Denoiser:
         Raises:
             FastdiffError: the network returns no second half of channels.
         """
-        (c_in, c_skip, c_out), noise_level = self._levels.get(t) or self._at(t)
-        f = self.raw(x * c_in, x.new_full((x.shape[0],), noise_level, dtype=torch.float32)).to(x.dtype)
+        (c_in, c_skip, c_out), level = self.level(t)
+        f = self.raw(x * c_in, told(x, level)).to(x.dtype)
         if f.shape == x.shape:
             raise FastdiffError("this plan needs learned variance: a network that returns twice the channels of its input")
         return x * c_skip + self._drop_variance(f, x) * c_out, f[:, x.shape[1] :]
@@ -192,8 +196,21 @@ class Denoiser:
             )
         return f[:, : x.shape[1]]
 
-    def _at(self, t: float) -> tuple[Coefficients, float]:
+    @property
+    def leaves(self) -> tuple[Denoiser, ...]:
+        """The denoisers that call a network: without guidance this one alone."""
+        return (self,)
+
+    def choices(self, t: float) -> tuple[Any, ...]:
+        """What a call at the float time t takes from the host beside its leaves' levels: equal for two times that differ in
+        these alone, as the choice whether guidance acts. A captured loop keeps it."""
+        return () if type(self) is Denoiser else (t,)  # a subclass that does not say may take anything from the time
+
+    def level(self, t: float) -> tuple[Coefficients, Level]:
         """Coefficients and c_noise of one time, computed once in float64 and kept."""
+        return self.levels.get(t) or self._at(t)
+
+    def _at(self, t: float) -> tuple[Coefficients, float]:
         alpha, sigma = float(self.schedule.alpha(t)), float(self.schedule.sigma(t))
         if alpha == 0.0 and self.prediction in ("eps", "score"):
             raise FastdiffError(
@@ -209,7 +226,7 @@ class Denoiser:
             c_noise = math.log(sigma / alpha) / 4
         else:
             c_noise = float(t)
-        self._levels[t] = c, c_noise
+        self.levels[t] = c, c_noise
         return c, c_noise
 
     def _at_tensor(self, x: Tensor, t: Tensor) -> tuple[Coefficients, Tensor]:
@@ -269,6 +286,13 @@ class Denoiser:
         if self.decoder is not None:
             x = self.decoder(x)
         return ((x.float() - low) / (high - low)).clamp(0, 1)
+
+
+def told(x: Tensor, level: Level) -> Tensor:
+    """What the network is told of the time, (B,) float32: the same for every sample of x."""
+    if isinstance(level, float):
+        return x.new_full((x.shape[0],), level, dtype=torch.float32)
+    return level.float().repeat(x.shape[0])
 
 
 def first_tensor(out: Any) -> Tensor:

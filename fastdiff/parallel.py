@@ -21,7 +21,7 @@ PATIENCE = timedelta(days=30)  # how long the others are waited for: a process t
 
 @dataclass(frozen=True)
 class World:
-    """This process among those of its run; the first alone writes what they share. `sharded`: each holds a part of each weight."""
+    """This process among those of its run; the first alone writes what they share. `sharded`: each has part of each weight."""
 
     rank: int = 0
     size: int = 1

@@ -40,10 +40,10 @@ class Step:
         def each(terms: Terms) -> Terms:
             return tuple((register, f(w)) for register, w in terms)
 
-        return replace(
-            self, stores=tuple((register, some(p), some(q)) for register, p, q in self.stores), next=each(self.next),
-            base=None if self.base is None else each(self.base), var=None if self.var is None else (f(self.var[0]), f(self.var[1])),
-        )  # fmt: skip
+        stores = tuple((register, some(p), some(q)) for register, p, q in self.stores)
+        point, base = each(self.next), None if self.base is None else each(self.base)
+        var = None if self.var is None else (f(self.var[0]), f(self.var[1]))
+        return replace(self, stores=stores, next=point, base=base, var=var)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -108,11 +109,28 @@ def _sample_by(
         if seeds is None:
             raise FastdiffError("a Brownian path belongs to a seed: give seeds= with brownian=True")
         source = shared_path(seeds, plan)
-    result = loop(state, source)
+    with naming_conditions(denoiser, len(state)):
+        result = loop(state, source)
     # the one host sync, after the loop; the sum is 30 us cheaper than looking at each value, which a non-finite one then gets
     if not math.isfinite(result.sum()) and not bool(result.isfinite().all()):
         _explain(denoiser, plan, state, source)
     return result
+
+
+@contextmanager
+def naming_conditions(denoiser: DenoiserLike, batch: int) -> Iterator[None]:
+    """Where a network fails whose conditions are neither one a sample nor one for all, the error names them."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, IndexError, FastdiffError) as e:
+        bound = denoiser.bound() if hasattr(denoiser, "bound") else ()
+        counts = {name: len(v) for name, v in bound if isinstance(v, Tensor) and v.ndim and len(v) not in (1, batch)}
+        if not counts:
+            raise
+        given = ", ".join(f"{count} {name}" for name, count in counts.items())
+        raise FastdiffError(f"{given} for a batch of {batch}: give one a sample, or one for all") from e
 
 
 def begin(

@@ -25,6 +25,7 @@ LAYERS = [
     {"metrics"}, {"training", "tasks", "compat"}, {"bench"}, {"distill", "tuning"}, {"export"}, {"cli"}, {"__main__"},
 ]  # fmt: skip
 RANK = {part: i for i, layer in enumerate(LAYERS) for part in layer}
+NO_TORCH = ("coeffs", "grid", "plans", "program", "reference", "solvers")
 UPWARD = {("checkpoints.onnx", "export")}  # an exported engine is a checkpoint too; imported lazily
 
 
@@ -75,10 +76,7 @@ def test_imports_point_down(name):
         assert "" not in set(inside(name)), f"{name} imports the package's own face"
 
 
-WITHOUT_TORCH = ("coeffs", "grid", "plans", "program", "reference", "solvers")
-
-
-@pytest.mark.parametrize("name", [n for n in TREES if n.split(".")[0] in WITHOUT_TORCH])
+@pytest.mark.parametrize("name", [n for n in TREES if n.split(".")[0] in NO_TORCH])
 def test_plans_and_solvers_are_free_of_torch(name):
     assert not [t for t in imports(name) if t.split(".")[0] == "torch"]
 

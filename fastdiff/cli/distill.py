@@ -65,10 +65,8 @@ def distill(
     given = {"steps": steps, "start": start, "updates": updates, "batch": batch, "lr": lr, "solver": solver, "calls": calls,
              "weighting": weighting, "scales": parse_scales(scales), "segments": segments, "inner": inner, "self_ema": self_ema,
              "ema": ema, "phases": phases}  # fmt: skip
-    recipe = make_method(method, {k: v for k, v in given.items() if v is not None})
-    other = {"changes": None if network is None else parse_settings("--network", network), "predicts": prediction,
-             "updates": match_updates, "lr": match_lr}  # fmt: skip
-    recipe = matched(recipe, {k: v for k, v in other.items() if v is not None})
+    changes = None if network is None else parse_settings("--network", network)
+    recipe = matched(make_method(method, given), changes=changes, predicts=prediction, updates=match_updates, lr=match_lr)
     if view_every:
         need_pictures(fsdp)
     check_folder(out)
@@ -85,7 +83,7 @@ def follow(run: Distiller, view: View | None, save_every: float) -> None:
     total = sum(stage.updates for stage in run.stages)
     if run.world.first and (run.stage or run.update):
         say(f"resuming {run.out} at stage {run.stage + 1} of {len(run.stages)}, update {run.update}")
-    with progress_bar() as bar, interrupts() as interrupted:
+    with progress_bar(run.world.first) as bar, interrupts() as interrupted:
         task = bar.add_task("distill", total=total)
 
         def show(p: Progress) -> None:
@@ -94,7 +92,7 @@ def follow(run: Distiller, view: View | None, save_every: float) -> None:
             if view is not None and (line := view.look(p, done)):
                 say(line)
             bar.update(task, completed=done, description=what)
-            if interrupted():
+            if run.world.any(interrupted()):
                 raise KeyboardInterrupt
 
         run.run(show, save_every)
@@ -120,7 +118,7 @@ def parse_scales(text: str | None) -> tuple[float, float] | None:
 
 
 def make_method(name: str, settings: dict[str, Any]) -> Method:
-    """The method with its settings.
+    """The method with those of the settings that are given.
 
     Raises:
         FastdiffError: an unknown method, or a setting it does not have.
@@ -132,13 +130,14 @@ def make_method(name: str, settings: dict[str, Any]) -> Method:
 
     if name not in METHODS:
         raise FastdiffError(f"--method must be one of {', '.join(METHODS)}; given {name!r}")
+    settings = {k: v for k, v in settings.items() if v is not None}
     known = {f.name for f in dataclasses.fields(METHODS[name]) if not f.name.startswith("_")}  # type: ignore[arg-type]
     if unknown := ["--" + k.replace("_", "-") for k in settings if k not in known]:
         raise FastdiffError(f"method {name} has no setting {', '.join(unknown)}; leave it out")
     return METHODS[name](**settings)
 
 
-def matched(method: Method, settings: dict[str, Any]) -> Method:
+def matched(method: Method, **settings: Any) -> Method:
     """The method, behind a stage that makes another network or prediction of the student's its teacher's equal, where asked for.
 
     Raises:
@@ -147,6 +146,7 @@ def matched(method: Method, settings: dict[str, Any]) -> Method:
     from ..distill import Match
     from ..errors import FastdiffError
 
+    settings = {k: v for k, v in settings.items() if v is not None}
     if not settings:
         return method
     if not settings.keys() & {"changes", "predicts"}:

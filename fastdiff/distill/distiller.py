@@ -194,13 +194,13 @@ class Distiller:
         generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + number + part * 500_000_003)
         assert self.source.shape is not None
         noise = torch.randn((n, *self.source.shape), generator=generator)
-        classes = getattr(self.source.network, "null_label", None)
+        classes = self.source.num_classes
         x0 = labels = scales = None
         if self.data is not None and self.method.needs_data:
             index = batch_indices(len(self.data.x), stage.batch, number, self.settings.seed)[part :: self.parts]
             x0 = self.data.x[index].float() / 127.5 - 1
-            labels = self.data.y[index] if self.data.y is not None and classes is not None else None
-        if labels is None and classes is not None:
+            labels = self.data.y[index] if self.data.y is not None and classes else None
+        if labels is None and classes:
             labels = torch.randint(classes, (n,), generator=generator)
         span = getattr(self.network, "guidance_range", None)
         if span is not None:

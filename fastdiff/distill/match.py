@@ -32,7 +32,8 @@ class Match(Method):
     With `changes` the student starts from drawn weights; with another prediction alone from the teacher's weights, which is how
     an eps teacher gets a v student (Salimans and Ho 2022, section 4). The loss is the squared error of x0 times SNR + 1, that is
     of v. The target is kept within the data's range, where an exact prediction always lies: an eps teacher's error grows as
-    sigma/alpha. The teacher itself stays the teacher of the method's first stage.
+    sigma/alpha. For the same reason a student of another prediction is the teacher from then on, as in the paper; beside a
+    student of the same prediction the teacher itself stays.
 
     Args:
         then: the method.
@@ -66,9 +67,15 @@ class Match(Method):
             raise FastdiffError(f"a student's network cannot have another {', '.join(unknown)} than its teacher's; it may have "
                                 f"another {', '.join(sorted(known))}")  # fmt: skip
         try:
-            return dataclasses.replace(self.then.network(teacher, config), **self.changes)
+            made = dataclasses.replace(self.then.network(teacher, config), **self.changes)
         except TypeError as e:
             raise FastdiffError(f"a setting of the student's network has the wrong type: {e}") from e
+        assert teacher.shape is not None
+        levels = len(made.channel_mult)
+        if any(side % 2 ** (levels - 1) for side in teacher.shape[1:]):
+            raise FastdiffError(f"{levels} levels halve a sample's sides, {teacher.shape[1:]}, {levels - 1} times: give fewer "
+                                "channel_mult")  # fmt: skip
+        return made
 
     def prediction(self, teacher: Denoiser) -> str:
         if self.predicts is None:
@@ -81,7 +88,7 @@ class Match(Method):
         return [Matching(SAMPLED, self.updates, self.lr, following[0].batch), *following]
 
     def hands_on(self, number: int) -> bool:
-        return number > 0 and self.then.hands_on(number - 1)
+        return self.then.hands_on(number - 1) if number else self.predicts is not None
 
     def begin(self, number: int, schedule: NoiseSchedule) -> None:
         self._matching = number == 0

@@ -64,6 +64,5 @@ def check_data(teacher: Denoiser, method: Method, data: Images | None) -> None:
     if tuple(teacher.data_range) != (-1.0, 1.0):
         raise FastdiffError(f"images are read into -1 to 1, the teacher's range is {teacher.data_range[0]:g} to "
                             f"{teacher.data_range[1]:g}: use a data-free method (trajectory)")  # fmt: skip
-    classes = getattr(teacher.network, "null_label", None)
-    if data.y is not None and classes is not None and data.num_classes > classes:
-        raise FastdiffError(f"the data have {data.num_classes} classes, the teacher knows {classes}")
+    if 0 < teacher.num_classes < data.num_classes:
+        raise FastdiffError(f"the data have {data.num_classes} classes, the teacher knows {teacher.num_classes}")

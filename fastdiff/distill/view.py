@@ -65,7 +65,7 @@ class View:
             return None
         stage = self.run.stages[p.stage]
         table = self.run.method.plan(stage, self.run.source.schedule)
-        self.student = self._samples(with_network(self.run.source, self.run.saved_network), table)
+        self.student = self._samples(with_network(self.run.student, self.run.saved_network), table)
         row: dict[str, Any] = {"update": done, "steps": stage.steps, "loss": p.loss, "images_per_second": p.images_per_second}
         if not table.stochastic:
             row["rmse"] = rmse(self.student, self._teacher())

@@ -6,7 +6,7 @@ import copy
 import inspect
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ class Guided(Denoiser):
         self.scale, self.interval, self.rescale = scale, interval, rescale
         self.projection, self.batched = projection, batched
         self.plan = None  # a plan tuned without guidance says nothing about this denoiser
+        self.acting: dict[float, bool] = {}  # of every float time asked for
 
     @property
     def guidance(self) -> float | None:
@@ -55,6 +56,10 @@ class Guided(Denoiser):
             raise FastdiffError(f"guidance contrasts {', '.join(contrast)}: bind it before guide.cfg, or give it to cfg")
         return self._with(self.positive.bind(**cond), self.negative.bind(**cond))
 
+    def bound(self) -> Iterator[tuple[str, Any]]:
+        yield from self.positive.bound()
+        yield from self.negative.bound()
+
     def subset(self, index: Tensor, batch: int) -> Denoiser:
         return self._with(self.positive.subset(index, batch), self.negative.subset(index, batch))
 
@@ -63,9 +68,22 @@ class Guided(Denoiser):
         same.positive, same.negative, same.cond = positive, negative, positive.cond
         return same
 
+    @property
+    def leaves(self) -> tuple[Denoiser, ...]:
+        return (*self.positive.leaves, *self.negative.leaves)
+
+    def choices(self, t: float) -> tuple[Any, ...]:
+        return (self._acts(t), *self.positive.choices(t), *self.negative.choices(t))
+
     def _acts(self, t: float) -> bool:
         if self.interval == EVERYWHERE:
             return True
+        t = float(t)
+        if t not in self.acting:
+            self.acting[t] = self._inside(t)
+        return self.acting[t]
+
+    def _inside(self, t: float) -> bool:
         alpha, sigma = float(self.schedule.alpha(t)), float(self.schedule.sigma(t))
         low, high = self.interval
         return low * alpha < sigma <= high * alpha if math.isfinite(high) else low * alpha < sigma

@@ -1,4 +1,4 @@
-"""A network's weights on several processes: DistributedDataParallel (each holds all of them) or FSDP2 (each a share of each one)."""
+"""A network's weights on several processes: DistributedDataParallel (each has all) or FSDP2 (each a share of each one)."""
 
 from __future__ import annotations
 
