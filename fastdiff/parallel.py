@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from .errors import FastdiffError
 
@@ -22,10 +21,11 @@ PATIENCE = timedelta(days=30)  # how long the others are waited for: a process t
 
 @dataclass(frozen=True)
 class World:
-    """This process among those of its run; the first alone writes what they share."""
+    """This process among those of its run; the first alone writes what they share. `sharded`: each has part of each weight."""
 
     rank: int = 0
     size: int = 1
+    sharded: bool = False
 
     @property
     def first(self) -> bool:
@@ -41,12 +41,6 @@ class World:
     def mine(self, parts: Sequence[T]) -> Sequence[T]:
         """This process's share: every `size`-th part."""
         return parts[self.rank :: self.size]
-
-    def wrap(self, network: nn.Module) -> nn.Module:
-        """The network whose gradients are means over the processes."""
-        if self.size == 1:
-            return network
-        return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
 
     def mean(self, value: float) -> float:
         """The mean of every process's value."""
@@ -102,17 +96,16 @@ class World:
             raise FastdiffError(f"rank {self.rank} of {self.size} processes: {e}") from e
 
 
-def join() -> World:
-    """The world that `torchrun` describes, or a world of one."""
+def join(sharded: bool = False) -> World:
+    """The world that `torchrun` describes, or a world of one.
+
+    Raises:
+        FastdiffError: shards asked for, with one process to hold them all.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if sharded:
+            raise FastdiffError("shards are the processes' of torchrun: start it with torchrun --nproc-per-node 2 or more")
         return World()
     if not dist.is_initialized():
         dist.init_process_group("gloo")
-    return World(dist.get_rank(), dist.get_world_size())
-
-
-def local(network: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Backward passes inside add to the gradients of this process alone; the first one after it shares them all."""
-    if isinstance(network, nn.parallel.DistributedDataParallel):
-        return network.no_sync()
-    return contextlib.nullcontext()
+    return World(dist.get_rank(), dist.get_world_size(), sharded)

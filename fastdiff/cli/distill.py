@@ -10,6 +10,7 @@ import typer
 from .console import CHECKPOINT_HELP, progress_bar, say
 from .pictures import check_folder
 from .running import interrupts, plot_losses
+from .train import parse_settings
 
 if TYPE_CHECKING:
     from ..distill import Distiller, Method, Progress
@@ -35,9 +36,15 @@ def distill(
     ema: Annotated[float | None, typer.Option(min=0, max=1, help="consistency, ect: decay of the saved average")] = None,
     phases: Annotated[int | None, typer.Option(min=1, help="ect: stages of ever closer pairs")] = None,
     data: Annotated[Path | None, typer.Option(help=".npz or folder of images, where the method needs them")] = None,
+    lora: Annotated[int, typer.Option(min=0, help="rank of a LoRA student (peft), saved merged and as an adapter; 0 = full")] = 0,
+    network: Annotated[str | None, typer.Option(help='U-Net settings of another student, such as {"model_channels": 32}')] = None,
+    prediction: Annotated[str | None, typer.Option(help="of the student: v or x0; else what the teacher predicts")] = None,
+    match_updates: Annotated[int | None, typer.Option(min=1, help="of its first stage: to predict what the teacher does")] = None,
+    match_lr: Annotated[float | None, typer.Option(help="learning rate of that stage")] = None,
     accumulate: Annotated[int, typer.Option(min=1, help="parts of a batch on each process: less memory")] = 1,
     bf16: Annotated[bool, typer.Option(help="bfloat16 autocast; weights stay float32")] = False,
     checkpointing: Annotated[bool, typer.Option(help="compute activations twice: less memory, more time")] = False,
+    fsdp: Annotated[bool, typer.Option(help="under torchrun: each process holds a share of every weight (FSDP2)")] = False,
     view_every: Annotated[int, typer.Option(min=0, help="updates between looks at the student: report.html; 0 = none")] = 0,
     view_n: Annotated[int, typer.Option(min=8, help="samples of a look; KID needs 20")] = 128,
     seed: int = 0,
@@ -58,11 +65,12 @@ def distill(
     given = {"steps": steps, "start": start, "updates": updates, "batch": batch, "lr": lr, "solver": solver, "calls": calls,
              "weighting": weighting, "scales": parse_scales(scales), "segments": segments, "inner": inner, "self_ema": self_ema,
              "ema": ema, "phases": phases}  # fmt: skip
-    recipe = make_method(method, {k: v for k, v in given.items() if v is not None})
+    changes = None if network is None else parse_settings("--network", network)
+    recipe = matched(make_method(method, given), changes=changes, predicts=prediction, updates=match_updates, lr=match_lr)
     if view_every:
-        need_pictures()
+        need_pictures(fsdp)
     check_folder(out)
-    settings = Settings(seed, accumulate=accumulate, bf16=bf16, checkpointing=checkpointing)
+    settings = Settings(seed, accumulate=accumulate, bf16=bf16, checkpointing=checkpointing, lora=lora, sharded=fsdp)
     run = Distiller(load(teacher), recipe, out, load_images(data) if data else None, settings)
     follow(run, View(run, view_every, view_n) if view_every and run.world.first else None, save_every)
     if run.world.first:
@@ -110,7 +118,7 @@ def parse_scales(text: str | None) -> tuple[float, float] | None:
 
 
 def make_method(name: str, settings: dict[str, Any]) -> Method:
-    """The method with its settings.
+    """The method with those of the settings that are given.
 
     Raises:
         FastdiffError: an unknown method, or a setting it does not have.
@@ -122,7 +130,25 @@ def make_method(name: str, settings: dict[str, Any]) -> Method:
 
     if name not in METHODS:
         raise FastdiffError(f"--method must be one of {', '.join(METHODS)}; given {name!r}")
+    settings = {k: v for k, v in settings.items() if v is not None}
     known = {f.name for f in dataclasses.fields(METHODS[name]) if not f.name.startswith("_")}  # type: ignore[arg-type]
     if unknown := ["--" + k.replace("_", "-") for k in settings if k not in known]:
         raise FastdiffError(f"method {name} has no setting {', '.join(unknown)}; leave it out")
     return METHODS[name](**settings)
+
+
+def matched(method: Method, **settings: Any) -> Method:
+    """The method, behind a stage that makes another network or prediction of the student's its teacher's equal, where asked for.
+
+    Raises:
+        FastdiffError: settings of that stage without a student that needs it.
+    """
+    from ..distill import Match
+    from ..errors import FastdiffError
+
+    settings = {k: v for k, v in settings.items() if v is not None}
+    if not settings:
+        return method
+    if not settings.keys() & {"changes", "predicts"}:
+        raise FastdiffError("--match-updates and --match-lr belong to a student of another --network or --prediction")
+    return Match(method, **settings)

@@ -83,7 +83,7 @@ class Consistency(Method):
         points = self._teacher
         assert points is not None, "a method begins a stage before its first loss"
         which = torch.randint(len(points), (len(batch.noise),), generator=batch.generator)
-        z, alpha, sigma = noisy(points, batch, which)
+        z, alpha, sigma = noisy(batch, points.alpha[which, 0], points.sigma[which, 0])
         with torch.no_grad():
             goal = self._goal(z, points.run(teacher, z, which), which, target)
         error = student(z, points.times[which, 0]) - goal

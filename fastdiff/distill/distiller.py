@@ -11,19 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..checkpoints import native
 from ..denoiser import Denoiser
 from ..errors import FastdiffError
 from ..files import write_bytes
-from ..parallel import join, local
+from ..models import UNet
+from ..parallel import join
 from ..resume import check_same, read_state
 from ..training.data import Images, batch_indices
+from ..training.parallel import load_network, load_optimiser, local, spread, whole, wrap
+from ..training.skips import Skips
+from . import lora
+from .match import Match
 from .method import Batch, Method, Stage
 from .students import check_data, frozen, student_network, with_network
-
-REPEATED = 10  # steps with a non-finite gradient that stop a run
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Settings:
         clip: largest gradient norm.
         bf16: bfloat16 autocast of student, teacher and targets; the weights and their optimiser stay float32.
         checkpointing: activations are computed again in the backward pass: less memory, about a third more time.
+        lora: rank of a LoRA student (peft); 0 = all weights learn. Its file is an ordinary checkpoint, its adapter beside it.
+        sharded: under `torchrun`, each process holds a share of every weight (FSDP2) instead of all of them (DDP).
     """
 
     seed: int = 0
@@ -41,8 +46,12 @@ class Settings:
     accumulate: int = 1
     bf16: bool = False
     checkpointing: bool = False
+    lora: int = 0
+    sharded: bool = False
 
     def __post_init__(self) -> None:
+        if self.lora:
+            lora.check_rank(self.lora)
         if self.accumulate < 1 or not self.clip > 0:
             raise FastdiffError(f"accumulate must be at least 1 and clip positive; given {self.accumulate}, {self.clip:g}")
 
@@ -61,7 +70,8 @@ class Distiller:
     """Turns a teacher into a student of fewer steps; `run()` goes to the end, saving `model.safetensors` and `state.pt`.
 
     Args:
-        teacher: a denoiser of our own format; its network is copied for the student, and kept in eval mode.
+        teacher: a denoiser of our own format; its network is copied for the student, and kept in eval mode (and sharded where
+            the student is).
         data: images, where the method needs them; labels are drawn evenly where there are none to take.
         out: the run's folder.
 
@@ -74,23 +84,24 @@ class Distiller:
     ) -> None:
         self.method, self.out, self.data, self.settings = method, out, data, settings or Settings()
         self.source, self.stages = teacher, method.stages()
-        network = student_network(teacher, method)
+        network = self._new_student()
         check_data(teacher, method, data)
-        self.world = join()
+        self.world = join(self.settings.sharded)
         self.parts = self.settings.accumulate * self.world.size
         _check_parts(self.stages, self.parts)
         for stage in self.stages:
             method.plan(stage, teacher.schedule)  # now rather than at the stage's end
-        network.checkpointing = self.settings.checkpointing
-        self.network: nn.Module = network
-        self.averages = {name: frozen(copy.deepcopy(self.network)) for name in method.averages()}
+        self.network = network
+        self.averages = {name: spread(frozen(copy.deepcopy(network)), self.world) for name in method.averages()}
         assert isinstance(teacher.network, nn.Module)
-        self.teacher = with_network(teacher, frozen(teacher.network))
-        self._wrapped = self.world.wrap(self.network)  # the student's gradients, shared between processes
-        self.student = with_network(teacher, self._wrapped)
-        self.target = with_network(teacher, self.averages.get("target", self.network))
-        self.stage = self.update = self.skipped = 0
+        self.teacher = with_network(teacher, spread(frozen(teacher.network), self.world))
+        self._wrapped = wrap(network, self.world)  # the student's gradients, shared between processes
+        self.student = with_network(teacher, self._wrapped, method.prediction(teacher))
+        self.target = with_network(self.student, self.averages.get("target", network))
+        self.stage = self.update = 0
+        self.skips = Skips()
         self.losses: list[float] = []
+        self._taught = False  # whether a student of this run is the teacher by now
         self._begin()
         if (out / "state.pt").exists():
             self._resume()
@@ -104,10 +115,26 @@ class Distiller:
         """What a finished stage saves: the average of the weights where the method keeps one."""
         return self.averages.get("final", self.network)
 
+    @property
+    def skipped(self) -> int:
+        """Updates that were not made: their gradient was not finite."""
+        return self.skips.total
+
+    def _new_student(self) -> nn.Module:
+        """The student as it is before the first update."""
+        network = student_network(self.source, self.method)
+        network.checkpointing = self.settings.checkpointing
+        if not self.settings.lora:
+            return network
+        if isinstance(self.method, Match):
+            raise FastdiffError("a LoRA student is its teacher's own weights and a term beside them: leave out --network and "
+                                "--prediction, or --lora")  # fmt: skip
+        return lora.adapt(network, self.settings.lora)
+
     def run(self, callback: Callable[[Progress], None] | None = None, save_every: float = 60.0) -> Denoiser:
         """Trains to the end of the last stage; an exception saves the updates done. Returns the student with its plan."""
         saved = began = time.monotonic()
-        images = 0
+        images, stopped = 0, False
         try:
             while not self.finished:
                 stage = self.stages[self.stage]
@@ -117,13 +144,15 @@ class Distiller:
                 loss = self.step(stage)
                 images += stage.batch
                 now = time.monotonic()
-                if callback:
-                    callback(Progress(self.stage, self.update, loss, images / max(now - began, 1e-9)))
-                if now - saved > save_every:
+                told = _interrupted(callback, Progress(self.stage, self.update, loss, images / max(now - began, 1e-9)))
+                if stopped := self.world.any(told):
+                    raise KeyboardInterrupt
+                if self.world.any(now - saved > save_every):
                     self.save()
                     saved = now
         finally:
-            if images and not self.finished:
+            # what ends one process alone, an error, cannot gather the shares of all
+            if images and not self.finished and (stopped or not self.world.sharded):
                 self.save()
         self.world.wait()
         return native.load(self.out / "model.safetensors")
@@ -138,12 +167,10 @@ class Distiller:
             with local(self._wrapped):
                 total += self._backward(stage, self.world.rank * count + i)
         total += self._backward(stage, self.world.rank * count + count - 1)
-        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.settings.clip)
-        if bool(norm.isfinite()):
+        norm = whole(nn.utils.clip_grad_norm_(self.network.parameters(), self.settings.clip))
+        if self.skips.usable(norm, self.update):
             self.optimiser.step()
             self._update_averages()
-        else:
-            self._skip()
         self.update += 1
         self.losses.append(self.world.mean(total))
         return self.losses[-1]
@@ -167,24 +194,18 @@ class Distiller:
         generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + number + part * 500_000_003)
         assert self.source.shape is not None
         noise = torch.randn((n, *self.source.shape), generator=generator)
-        classes = getattr(self.source.network, "null_label", None)
+        classes = self.source.num_classes
         x0 = labels = scales = None
         if self.data is not None and self.method.needs_data:
             index = batch_indices(len(self.data.x), stage.batch, number, self.settings.seed)[part :: self.parts]
             x0 = self.data.x[index].float() / 127.5 - 1
-            labels = self.data.y[index] if self.data.y is not None and classes is not None else None
-        if labels is None and classes is not None:
+            labels = self.data.y[index] if self.data.y is not None and classes else None
+        if labels is None and classes:
             labels = torch.randint(classes, (n,), generator=generator)
         span = getattr(self.network, "guidance_range", None)
         if span is not None:
             scales = span[0] + (span[1] - span[0]) * torch.rand(n, generator=generator)
         return Batch(x0, noise, labels, generator, scales)
-
-    def _skip(self) -> None:
-        """A step with a non-finite gradient changes nothing; repeated, they stop the run."""
-        self.skipped += 1
-        if self.skipped >= REPEATED:
-            raise FastdiffError(f"{REPEATED} updates had a non-finite gradient (the last is {self.update}): lower the rate")
 
     @torch.no_grad()
     def _update_averages(self) -> None:
@@ -196,21 +217,44 @@ class Distiller:
 
     def _begin(self) -> None:
         """A stage's fresh optimiser, and what its method prepares."""
-        self.optimiser = torch.optim.Adam(self.network.parameters(), lr=self.stages[0].lr)
+        learning = [p for p in self.network.parameters() if p.requires_grad]
+        self.optimiser = torch.optim.Adam(learning, lr=self.stages[0].lr)
         if not self.finished:
             self.method.begin(self.stage, self.source.schedule)
 
     def _finish(self, stage: Stage) -> None:
         """Writes the stage's model, makes it the teacher where the method says so, and begins the next."""
+        student = self._in_one_piece(self.saved_network)
         if self.world.first:
-            description, weights = self._description(stage), self.saved_network.state_dict()
+            description, weights = self._description(stage), self._merged(student).state_dict()
             native.save(self.out / f"stage-{self.stage + 1}-steps-{stage.steps}.safetensors", weights, description)
             native.save(self.out / "model.safetensors", weights, description)
-        if self.method.chained:
-            self.teacher = with_network(self.source, frozen(copy.deepcopy(self.network)))
+            if self.settings.lora:
+                lora.write(student, self.out / "adapter")
+        if self.method.hands_on(self.stage):
+            self._teach_with(self._merged(self._in_one_piece(self.network)).state_dict())
         self.stage, self.update = self.stage + 1, 0
         self._begin()
         self.save()
+
+    def _in_one_piece(self, network: nn.Module) -> nn.Module:
+        """The student's or an average's network with all its weights; every process must ask for it."""
+        if not self.world.sharded:
+            return network
+        empty = UNet(self.network.config)  # type: ignore[arg-type]
+        fresh = lora.adapt(empty, self.settings.lora) if self.settings.lora else empty
+        fresh.load_state_dict(whole(network.state_dict()))
+        return fresh
+
+    def _merged(self, network: nn.Module) -> nn.Module:
+        return lora.merged(network) if self.settings.lora else network
+
+    def _teach_with(self, weights: dict[str, Tensor]) -> None:
+        """A student's weights become the teacher."""
+        network = UNet(self.network.config)  # type: ignore[arg-type]
+        network.load_state_dict(weights)
+        self.teacher = with_network(self.student, spread(frozen(network), self.world))
+        self._taught = True
 
     def _description(self, stage: Stage) -> dict[str, Any]:
         training = self.source.info.get("training", {})
@@ -218,30 +262,29 @@ class Distiller:
         kept = {k: v for k, v in training.items() if k == "data_sha256"}
         return {
             **{k: v for k, v in self.source.info.items() if k != "format"}, "training": {**kept, "distilled": about},
-            "network": self.network.config.asdict(),  # type: ignore[operator, union-attr]
+            "network": self.network.config.asdict(), "prediction": self.student.prediction,  # type: ignore[operator, union-attr]
             "plan": self.method.plan(stage, self.source.schedule).to_json(),
         }  # fmt: skip
 
     def _identity(self) -> dict[str, Any]:
         """What another run would not share."""
-        mine = {k: v for k, v in asdict(self.method).items() if not k.startswith("_")}  # type: ignore[call-overload]
-        how = {k: v for k, v in asdict(self.settings).items() if k != "accumulate"}
+        how = {k: v for k, v in asdict(self.settings).items() if k not in ("accumulate", "sharded")}
         return {
-            "method": self.method.name, **mine, **how, "parts": self.parts, "teacher": self.source.hash,
+            "method": self.method.name, **self.method.settings(), **how, "parts": self.parts, "teacher": self.source.hash,
             "data_sha256": self.data.digest if self.data else None,
         }  # fmt: skip
 
     def save(self) -> None:
-        """The state from which the run goes on bit for bit."""
-        if not self.world.first:
-            return
+        """The state from which the run goes on bit for bit, written by the first process."""
         state = {
             "identity": self._identity(), "stage": self.stage, "update": self.update, "skipped": self.skipped,
-            "losses": torch.tensor(self.losses, dtype=torch.float32), "student": self.network.state_dict(),
-            "averages": {name: network.state_dict() for name, network in self.averages.items()},
-            "teacher": self.teacher.network.state_dict() if self.method.chained and self.stage else None,  # type: ignore[attr-defined]
-            "optimiser": self.optimiser.state_dict(),
+            "losses": torch.tensor(self.losses, dtype=torch.float32), "student": whole(self.network.state_dict()),
+            "averages": {name: whole(network.state_dict()) for name, network in self.averages.items()},
+            "teacher": whole(self.teacher.network.state_dict()) if self._taught else None,  # type: ignore[attr-defined]
+            "optimiser": whole(self.optimiser.state_dict()),
         }  # fmt: skip
+        if not self.world.first:
+            return
         buffer = io.BytesIO()
         torch.save(state, buffer)
         write_bytes(self.out / "state.pt", buffer.getvalue())
@@ -249,16 +292,25 @@ class Distiller:
     def _resume(self) -> None:
         state = read_state(self.out / "state.pt", "identity", "averages")
         check_same(self.out, state["identity"], self._identity())
-        self.stage, self.update, self.skipped = state["stage"], state["update"], state["skipped"]
+        self.stage, self.update, self.skips = state["stage"], state["update"], Skips(state["skipped"])
         self.losses = state["losses"].tolist()
-        self.network.load_state_dict(state["student"])
+        load_network(self.network, state["student"])
         for name, weights in state["averages"].items():
-            self.averages[name].load_state_dict(weights)
+            load_network(self.averages[name], weights)
         if state["teacher"] is not None:
-            self.teacher = with_network(self.source, frozen(copy.deepcopy(self.network)))
-            self.teacher.network.load_state_dict(state["teacher"])  # type: ignore[attr-defined]
+            self._teach_with(state["teacher"])
         self._begin()
-        self.optimiser.load_state_dict(state["optimiser"])
+        load_optimiser(self.optimiser, state["optimiser"])
+
+
+def _interrupted(callback: Callable[[Progress], None] | None, progress: Progress) -> bool:
+    """Calls it; whether it asked for the end, which the processes then make together."""
+    try:
+        if callback:
+            callback(progress)
+    except KeyboardInterrupt:
+        return True
+    return False
 
 
 def _check_parts(stages: list[Stage], parts: int) -> None:

@@ -14,7 +14,7 @@ from ..errors import FastdiffError
 from ..plans import Plan
 from ..schedule import NoiseSchedule
 from ..solvers import plan as make_plan
-from .method import Batch, Method, Stage
+from .method import Batch, Method, Stage, noisy
 
 
 @dataclass
@@ -68,10 +68,14 @@ class ECT(Method):
         r = (u * (1 - self._nearness * (1 + 8 * torch.sigmoid(-u)))).clamp_min(0.0)
         least = math.exp(-float(schedule.lam(schedule.t_min)))
         clean = (r <= least).view(shape)
+
+        def at(times: Tensor) -> Tensor:
+            return noisy(batch, schedule.alpha(times), schedule.sigma(times))[0]
+
         nearer = schedule.t_of_lam(-r.clamp_min(least).log()).clamp(schedule.t_min, schedule.t_max)
         with torch.no_grad():
-            goal = torch.where(clean, x0, target(_at(schedule, batch, nearer), nearer))
-        error = (student(_at(schedule, batch, t), t) - goal).square().flatten(1).mean(dim=1)
+            goal = torch.where(clean, x0, target(at(nearer), nearer))
+        error = (student(at(t), t) - goal).square().flatten(1).mean(dim=1)
         # iCT's c = 0.00054 sqrt(d) is compared with a sum over d pixels, this one with their mean
         distance = (error + self.huber**2).sqrt() - self.huber
         return (distance / (u - torch.where(r <= least, 0.0, r)).float()).mean()
@@ -82,9 +86,3 @@ class ECT(Method):
         if below and not schedule.t_min < min(below) <= max(below) < schedule.t_max:
             raise FastdiffError(f"middle {self.middle:g} and {stage.steps} steps leave this schedule's times; give fewer steps")
         return make_plan("lcm", schedule, stage.steps, grid=[schedule.t_max, *below])
-
-
-def _at(schedule: NoiseSchedule, batch: Batch, t: Tensor) -> Tensor:
-    """The batch's images and noise at times (B,)."""
-    alpha, sigma = (v.float().view(-1, *(1,) * (batch.noise.ndim - 1)) for v in (schedule.alpha(t), schedule.sigma(t)))
-    return alpha * batch.images + sigma * batch.noise

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,6 @@ from ..models import UNetConfig
 from ..plans import Plan
 from ..schedule import NoiseSchedule
 from ..solvers import plan as make_plan
-from .segments import Segments
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,12 @@ class Method(ABC):
 
     name: ClassVar[str]
     needs_data: ClassVar[bool]
+    why_data: ClassVar[str] = ""  # beside the method's name, where it is not the method itself that needs them
     chained: ClassVar[bool]  # whether a stage's student is the next one's teacher
+
+    def settings(self) -> dict[str, Any]:
+        """What was asked for, by name: what a record says, and what a run that is resumed must share."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if not f.name.startswith("_")}  # type: ignore[arg-type]
 
     def averages(self) -> dict[str, float]:
         """Decays of the averages of the student's weights that are kept beside it: "target", the network that makes targets
@@ -63,8 +67,16 @@ class Method(ABC):
         return {}
 
     def network(self, teacher: Denoiser, config: UNetConfig) -> UNetConfig:
-        """The student's network, where it has inputs that the teacher's has not."""
+        """The student's network, where it is not the teacher's own: inputs that the teacher's has not, or another shape."""
         return config
+
+    def prediction(self, teacher: Denoiser) -> str:
+        """What the student's network predicts."""
+        return teacher.prediction
+
+    def hands_on(self, number: int) -> bool:
+        """Whether the student of stage `number`, from 0, is the next one's teacher."""
+        return self.chained
 
     @abstractmethod
     def stages(self) -> list[Stage]:
@@ -89,10 +101,10 @@ def times(schedule: NoiseSchedule, steps: int) -> np.ndarray:
     return np.linspace(schedule.t_max, schedule.t_min, steps + 1)[:-1]
 
 
-def noisy(segments: Segments, batch: Batch, which: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(z, alpha, sigma): a batch's images and noise at the starts of the intervals `which` (B,); the levels broadcast."""
+def noisy(batch: Batch, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(z, alpha, sigma): a batch's images and noise at each one's level (B,); the levels broadcast."""
     shape = (-1, *(1,) * (batch.noise.ndim - 1))
-    alpha, sigma = (v[which, 0].float().view(shape) for v in (segments.alpha, segments.sigma))
+    alpha, sigma = (v.float().view(shape) for v in (alpha, sigma))
     return alpha * batch.images + sigma * batch.noise, alpha, sigma
 
 

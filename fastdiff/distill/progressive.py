@@ -56,7 +56,7 @@ def match(segments: Segments | None, weighting: str, student: Denoiser, teacher:
     """The weighted error of the student's prediction where the teacher's run through an interval says what it must be."""
     assert segments is not None, "a method begins a stage before its first loss"
     which = torch.randint(len(segments), (len(batch.noise),), generator=batch.generator)
-    z, alpha, sigma = noisy(segments, batch, which)
+    z, alpha, sigma = noisy(batch, segments.alpha[which, 0], segments.sigma[which, 0])
     with torch.no_grad():
         goal = segments.target(z, segments.run(teacher, z, which), which)
     error = (student(z, segments.times[which, 0]) - goal).square()

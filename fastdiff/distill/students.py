@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import torch
@@ -15,10 +16,11 @@ from ..training.data import Images
 from .method import Method
 
 
-def with_network(denoiser: Denoiser, network: Any) -> Denoiser:
-    """The denoiser around another network, without the plans that belonged to its own."""
+def with_network(denoiser: Denoiser, network: Any, prediction: str | None = None) -> Denoiser:
+    """The denoiser around another network, of another prediction where given, without the plans that belonged to its own."""
     out = copy.copy(denoiser)
-    out.network, out.plan, out.tuned = network, None, ()
+    out.network, out.plan, out.tuned, out.levels = network, None, (), {}
+    out.prediction = prediction or denoiser.prediction
     out.__dict__.pop("_dtype", None)
     return out
 
@@ -28,7 +30,8 @@ def frozen(network: nn.Module) -> nn.Module:
 
 
 def student_network(teacher: Denoiser, method: Method) -> UNet:
-    """A copy of the teacher's network with the inputs that the method adds, which change nothing before the first update.
+    """A copy of the teacher's network with the inputs that the method adds, which change nothing before the first update; where
+    the method asks for another shape, a network of that shape with drawn weights.
 
     Raises:
         FastdiffError: a teacher that is not of our own format, or not for this method.
@@ -41,8 +44,9 @@ def student_network(teacher: Denoiser, method: Method) -> UNet:
     with torch.random.fork_rng(devices=[]):  # what is added and not zero is the same in every run
         torch.manual_seed(0)
         student = UNet(config)
-    missing, unexpected = student.load_state_dict(teacher.network.state_dict(), strict=False)
-    assert not unexpected and all(name.startswith("guidance_embed") for name in missing), (missing, unexpected)
+    if dataclasses.replace(config, guidance_range=teacher.network.config.guidance_range) == teacher.network.config:
+        missing, unexpected = student.load_state_dict(teacher.network.state_dict(), strict=False)
+        assert not unexpected and all(name.startswith("guidance_embed") for name in missing), (missing, unexpected)
     return student.eval().requires_grad_(True)
 
 
@@ -52,7 +56,7 @@ def check_data(teacher: Denoiser, method: Method, data: Images | None) -> None:
         FastdiffError: images missing, or of another shape, range or number of classes than the teacher's.
     """
     if method.needs_data and data is None:
-        raise FastdiffError(f"{method.name} distillation needs images: give --data")
+        raise FastdiffError(f"{method.name} distillation{method.why_data} needs images: give --data")
     if data is None:
         return
     if tuple(data.x.shape[1:]) != teacher.shape:
@@ -60,6 +64,5 @@ def check_data(teacher: Denoiser, method: Method, data: Images | None) -> None:
     if tuple(teacher.data_range) != (-1.0, 1.0):
         raise FastdiffError(f"images are read into -1 to 1, the teacher's range is {teacher.data_range[0]:g} to "
                             f"{teacher.data_range[1]:g}: use a data-free method (trajectory)")  # fmt: skip
-    classes = getattr(teacher.network, "null_label", None)
-    if data.y is not None and classes is not None and data.num_classes > classes:
-        raise FastdiffError(f"the data have {data.num_classes} classes, the teacher knows {classes}")
+    if 0 < teacher.num_classes < data.num_classes:
+        raise FastdiffError(f"the data have {data.num_classes} classes, the teacher knows {teacher.num_classes}")

@@ -19,6 +19,8 @@ from .segments import Segments
 class Trajectory(Method):
     """A student of `steps` DDIM steps against a teacher that takes `calls` steps of `solver` in each.
 
+    The paper's teacher is DPM-Solver++(3M). A solver begins anew in each interval here, where UniPC does better: with 4 x 3 calls
+    on the shipped model an RMSE of 0.057 from the converged ODE against 0.094 of DPM-Solver++(2M).
     The paper makes one optimiser step for every student step; here the losses of all steps are summed into one, each step's start
     being the student's own point without its graph, which is the same gradient at the same weights.
     """
@@ -31,7 +33,7 @@ class Trajectory(Method):
     updates: int = 1000
     lr: float = 1e-4
     batch: int = 32
-    solver: str = "dpmpp-2m"
+    solver: str = "unipc-2"
     calls: int = 4
     _segments: tuple[Segments, Segments] | None = field(default=None, repr=False)
 

@@ -31,11 +31,14 @@ SHOWN = 10  # samples in the picture
 FEWEST = 20  # samples that KID takes
 
 
-def need_pictures() -> None:
+def need_pictures(sharded: bool) -> None:
     """
     Raises:
-        FastdiffError: matplotlib is not installed.
+        FastdiffError: matplotlib is not installed, or no process has the whole student.
     """
+    if sharded:
+        raise FastdiffError("--view-every samples the student on the first process, which has only a share of it under --fsdp: "
+                            "leave one of them out")  # fmt: skip
     if importlib.util.find_spec("matplotlib") is None:
         raise FastdiffError("--view-every draws pictures: pip install 'fastdiff[plots]', or leave it out")
 
@@ -62,7 +65,7 @@ class View:
             return None
         stage = self.run.stages[p.stage]
         table = self.run.method.plan(stage, self.run.source.schedule)
-        self.student = self._samples(with_network(self.run.source, self.run.saved_network), table)
+        self.student = self._samples(with_network(self.run.student, self.run.saved_network), table)
         row: dict[str, Any] = {"update": done, "steps": stage.steps, "loss": p.loss, "images_per_second": p.images_per_second}
         if not table.stochastic:
             row["rmse"] = rmse(self.student, self._teacher())

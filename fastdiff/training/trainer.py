@@ -29,6 +29,8 @@ from ..resume import check_same, read_state
 from ..schedule import NoiseSchedule, from_config
 from . import losses
 from .data import Images, batch_indices
+from .parallel import wrap
+from .skips import Skips
 from .variance import bound
 
 
@@ -188,14 +190,19 @@ class Trainer:
             assert isinstance(start.network, UNet)
             self.network.load_state_dict(start.network.state_dict())
         self.ema = copy.deepcopy(self.network).requires_grad_(False)
-        self.shared = self.world.wrap(self.network)  # the network whose gradients are those of the whole batch
+        self.shared = wrap(self.network, self.world)  # the network whose gradients are those of the whole batch
         self.optimiser = torch.optim.AdamW(self.network.parameters(), lr=config.lr, weight_decay=0.0)
         self.denoiser = Denoiser(self.network, self.schedule, config.prediction)  # checks the prediction's name
         self.step = 0
         self.losses: list[float] = []
-        self.skipped = 0
+        self.skips = Skips()
         if (out / "state.pt").exists():
             self._resume()
+
+    @property
+    def skipped(self) -> int:
+        """Steps that were not taken: their gradient was not finite."""
+        return self.skips.total
 
     def run(self, callback: Callable[[Progress], None] | None = None, save_every: float = 60.0) -> None:
         """Trains to `config.steps`. An exception saves the steps done; SIGKILL loses `save_every` seconds at most."""
@@ -227,11 +234,9 @@ class Trainer:
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), c.clip)
-        if bool(norm.isfinite()):
+        if self.skips.usable(norm, self.step):
             self.optimiser.step()
             self._update_ema()
-        else:
-            self._skip()
         self.step += 1
         self.losses.append(self.world.mean(float(loss.detach())))
         return self.losses[-1]
@@ -285,12 +290,6 @@ class Trainer:
         decay = min(self.config.ema, (1 + self.step) / (10 + self.step))  # the average starts short
         torch._foreach_lerp_(list(self.ema.parameters()), list(self.network.parameters()), 1 - decay)
 
-    def _skip(self) -> None:
-        """A step with a non-finite gradient changes nothing; ten of them stop the run."""
-        self.skipped += 1
-        if self.skipped >= 10:
-            raise FastdiffError(f"10 steps had a non-finite gradient (the last is {self.step}): lower the rate")
-
     def description(self) -> dict[str, Any]:
         """What the checkpoint says of itself; everything a Denoiser needs and how it was trained."""
         c = self.config
@@ -336,7 +335,7 @@ class Trainer:
         then, now = ({**c, "data_sha256": d} for c, d in (
             (before, state["data_sha256"]), (asdict(self.config), self.data.digest)))  # fmt: skip
         check_same(self.out, then, now, free=("steps",))
-        self.step, self.skipped = state["step"], state["skipped"]
+        self.step, self.skips = state["step"], Skips(state["skipped"])
         self.losses = state["losses"].tolist()
         self.network.load_state_dict(state["network"])
         self.ema.load_state_dict(state["ema"])

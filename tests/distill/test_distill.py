@@ -9,7 +9,7 @@ import torch
 
 import fastdiff as fd
 from fastdiff.bench.converged import rmse
-from fastdiff.distill import Distiller, Progressive, Trajectory
+from fastdiff.distill import Consistency, Distiller, Progressive, Settings, Trajectory
 from fastdiff.distill.method import halvings, times, weight
 from fastdiff.distill.segments import Segments
 from fastdiff.errors import FastdiffError
@@ -68,6 +68,15 @@ def test_the_student_is_the_teacher_before_the_first_update(method, teacher, ima
     assert not (tmp_path / "state.pt").exists()
 
 
+def test_a_teacher_of_classes_without_a_null_class_is_asked_for_all_of_them(images, tmp_path):
+    teacher = fd.load(tiny.checkpoint(tmp_path / "t.safetensors", tiny.network(num_classes=3, null_class=False)))
+    run = Distiller(teacher, Trajectory(2, updates=1, batch=64, calls=1), tmp_path / "s")
+    assert run._batch(run.stages[0], 0).labels.unique().tolist() == [0, 1, 2]
+    run.run()
+    assert torch.equal(Distiller(teacher, Progressive(4, 2), tmp_path / "p", images)._batch(run.stages[0], 0).labels.unique(),
+                       torch.arange(3))  # fmt: skip
+
+
 def distance(student, plan, teacher):
     """RMSE to the teacher's 64-step endpoints from the same noise, on seeds that no update drew."""
     labels, seeds = torch.arange(24) % 3, range(500, 524)
@@ -108,6 +117,25 @@ def test_a_run_goes_on_bit_for_bit(stop, teacher, images, tmp_path):
         assert torch.equal(a, b)
 
 
+def test_a_disk_that_fills_up_ends_the_run_and_loses_no_saved_update(teacher, images, tmp_path, monkeypatch):
+    method = Progressive(8, 2, updates=3, batch=4)
+    whole = Distiller(teacher, method, tmp_path / "whole", images).run()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    def fill_up(progress):
+        if (progress.stage, progress.update) == (1, 2):
+            monkeypatch.setattr("os.replace", full)
+
+    with pytest.raises(FastdiffError, match="No space left on device"):
+        Distiller(teacher, method, tmp_path / "parts", images).run(fill_up, save_every=0.0)
+    monkeypatch.undo()
+    assert not list((tmp_path / "parts").glob(".*"))
+    resumed = Distiller(teacher, method, tmp_path / "parts", images)
+    assert (resumed.stage, resumed.update) == (1, 1) and resumed.run().hash == whole.hash
+
+
 def test_a_finished_run_returns_its_student(teacher, tmp_path):
     method = Trajectory(2, updates=2, batch=2)
     first = Distiller(teacher, method, tmp_path).run()
@@ -146,6 +174,47 @@ def test_nonsense_is_refused(teacher, images, tmp_path):
     (tmp_path / "a" / "state.pt").write_bytes(b"nothing")
     with pytest.raises(FastdiffError, match="damaged"):
         Distiller(teacher, Trajectory(2, updates=2, batch=2), tmp_path / "a")
+
+
+def test_an_update_with_a_non_finite_gradient_changes_nothing_and_ten_in_a_row_stop(teacher, images, tmp_path):
+    run = Distiller(teacher, Consistency(inner=2, updates=50, batch=2), tmp_path, images)
+    good, stage = run.method.loss, run.stages[0]
+
+    def bad(student, *_):
+        return sum(p.sum() for p in student.network.parameters()) * float("inf")
+
+    def weights():
+        return [p.detach().clone() for network in (run.network, *run.averages.values()) for p in network.parameters()]
+
+    before = weights()
+    run.method.loss = bad
+    for _ in range(9):
+        run.step(stage)
+    assert run.skipped == 9 and run.update == 9 and all(map(torch.equal, before, weights()))
+    run.method.loss = good
+    run.step(stage)
+    assert run.skipped == 9 and not all(map(torch.equal, before, weights()))
+    run.method.loss = bad
+    for _ in range(9):
+        run.step(stage)
+    with pytest.raises(FastdiffError, match="10 steps had a non-finite gradient"):
+        run.step(stage)
+    assert run.skipped == 19
+
+
+def test_accumulated_parts_have_the_gradient_of_the_whole_batch(teacher, tmp_path):
+    """Three parts of a batch of six: the update's gradient is that of the mean over all six."""
+    run = Distiller(teacher, Trajectory(2, updates=4, batch=6, calls=1), tmp_path, None, Settings(accumulate=3, clip=1e9))
+    stage = run.stages[0]
+    parts = [run._batch(stage, i) for i in range(3)]
+    assert [len(part.noise) for part in parts] == [2, 2, 2] and not torch.equal(parts[0].noise, parts[1].noise)
+    noise, labels = (torch.cat([getattr(part, name) for part in parts]) for name in ("noise", "labels"))
+    student, true = (d.bind(class_labels=labels) for d in (run.student, run.teacher))
+    loss = run.method.loss(student, true, true, parts[0]._replace(noise=noise, labels=labels))
+    want = torch.autograd.grad(loss, list(run.network.parameters()))
+    assert run.step(stage) == pytest.approx(float(loss.detach()), rel=1e-5)
+    for p, g in zip(run.network.parameters(), want, strict=True):
+        torch.testing.assert_close(p.grad, g, rtol=1e-4, atol=1e-6)
 
 
 def test_gradients_that_are_not_finite_stop_the_run(teacher, tmp_path, monkeypatch):

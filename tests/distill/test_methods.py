@@ -11,14 +11,17 @@ import torch
 import fastdiff as fd
 from fastdiff.bench import Bench, Setup
 from fastdiff.bench.cells import tuned_cells
+from fastdiff.bench.converged import rmse
 from fastdiff.distill import ECT, Consistency, Distiller, Guided, Progressive, Settings, Trajectory
 from fastdiff.distill.guided import contrast
 from fastdiff.distill.method import Batch
 from fastdiff.errors import FastdiffError
 from fastdiff.training.data import Images
+from fastdiff.training.trainer import TrainConfig, Trainer
 
 SCHEDULE = fd.schedule.vp_cosine()
 SHORT = {"updates": 2, "batch": 4}
+NETWORK = {"model_channels": 32, "channel_mult": [1], "num_res_blocks": 1, "attention": [], "head_channels": 32}
 NEW = [Guided(start=4, steps=2, **SHORT), Consistency(inner=4, **SHORT), ECT(phases=2, **SHORT)]
 
 
@@ -87,6 +90,42 @@ def test_a_guided_student_learns_what_two_calls_of_the_teacher_say(teacher, imag
     want = two(z, t)
     errors = [float((d(z, t) - want).square().mean()) for d in (one, teacher.bind(class_labels=images.y))]
     assert errors[0] < 0.8 * errors[1], errors
+
+
+def test_the_least_loss_is_that_of_the_guided_teacher(teacher, images):
+    """A student that is the guided teacher has none, in the stage of two calls and in the halving after it; another has."""
+    scales = torch.tensor([1.0, 2.0, 2.5, 3.0, 4.0, 5.0])
+    b = batch(6, scales)
+    true = teacher.bind(class_labels=b.labels)
+    guided = contrast(true, b)
+    perfect, other = (fd.Denoiser(f, SCHEDULE, "x0") for f in (guided, contrast(true, b._replace(scales=scales + 0.2))))
+    for number, given in ((0, true), (1, perfect)):
+        method = Guided(start=4, steps=2)
+        method.begin(number, SCHEDULE)
+        state = b.generator.get_state()
+        losses = []
+        for student in (perfect, other):
+            b.generator.set_state(state)
+            losses.append(float(method.loss(student, given, given, b)))
+        # after it two steps are one: what one step can say is not the guided prediction itself any more
+        assert losses[1] > 1e-4 and (losses[0] < 1e-8 if number == 0 else losses[0] < losses[1])
+
+
+@pytest.mark.slow
+def test_a_guided_student_follows_the_guided_teacher_with_half_the_calls(images, tmp_path):
+    """A teacher that knows its data; endpoints from noise that no update drew, at three scales, after the first stage."""
+    settings = TrainConfig(steps=150, batch=16, lr=4e-3, warmup=10, ema=0.9, label_dropout=0.2, network=NETWORK)
+    Trainer(settings, images, tmp_path / "teacher").run()
+    teacher = fd.load(tmp_path / "teacher")
+    method = Guided(start=4, steps=4, updates=400, lr=2e-3, batch=16)
+    student = Distiller(teacher, method, tmp_path / "student", images).run()
+    labels, seeds = torch.arange(24) % 3, range(500, 524)
+    for scale in (2.0, 3.0, 5.0):
+        one, two = (fd.guide.cfg(d.bind(class_labels=labels), scale) for d in (student, teacher))
+        assert (one.calls, two.calls) == (1, 2)
+        want, none = (fd.sample(d, student.plan, seeds=seeds) for d in (two, teacher.bind(class_labels=labels)))
+        errors = [rmse(x, want) for x in (fd.sample(one, seeds=seeds), none)]
+        assert errors[0] < 0.5 * errors[1], (scale, errors)
 
 
 def test_scales_outside_the_range_and_other_guidance_are_refused(teacher, images, tmp_path):
@@ -205,6 +244,8 @@ def test_masters_stay_float32_and_recomputed_activations_are_the_same(settings, 
     other = Distiller(teacher, dataclasses.replace(method), tmp_path / "other", images, settings).run()
     pairs = list(zip(plain.network.parameters(), other.network.parameters(), strict=True))
     assert all(b.dtype == torch.float32 for _, b in pairs)
+    moments = torch.load(tmp_path / "other" / "state.pt", weights_only=True)["optimiser"]["state"].values()
+    assert all(v.dtype == torch.float32 for moment in moments for v in moment.values())
     same = all(torch.equal(a, b) for a, b in pairs)
     assert same == settings.checkpointing
 
