@@ -5,41 +5,64 @@ from __future__ import annotations
 import itertools
 import sys
 import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from gpu_record import keep, show, start
 
+from fastdiff.kernels import attention as a
+from fastdiff.kernels import combine as c
 from fastdiff.kernels import group_norm as m
+from fastdiff.philox import normals, seed_bits
 
 SHAPES = [(2, 320, 64, 64), (1, 1280, 8, 8), (3, 64, 28, 28), (2, 6, 7, 5), (1, 128, 256, 256), (1, 32, 5, 40, 40), (4, 96)]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# batch, heads, queries, keys, head
+ATTENTIONS = [
+    (2, 8, 4096, 4096, 40), (2, 8, 1024, 77, 80), (1, 8, 256, 256, 160), (2, 4, 64, 64, 64), (1, 3, 1001, 333, 72),
+    (2, 2, 100, 100, 8), (1, 2, 300, 300, 256), (1, 2, 128, 128, 128), (3, 5, 17, 5, 96),
+]  # fmt: skip
+ROWS = [((1, 4, 64, 64), 4, 2), ((16, 3, 32, 32), 12, 5), ((3, 1, 7, 9), 16, 8)]  # shape, inputs, outputs
 LIMIT = 2.0  # times torch's own error, plus 4 units of rounding at the largest value
 
+random: torch.Generator
 
-def inputs(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> tuple[torch.Tensor, ...]:
-    """x, a residual and a gradient, then weight, bias, scale and shift."""
-    random = torch.Generator("cuda").manual_seed(0)
 
-    def draw(*size: int) -> torch.Tensor:
-        return (2 * torch.randn(size, generator=random, device="cuda") + 1).to(dtype)
+def draw(*size: int, dtype: torch.dtype) -> torch.Tensor:
+    return (2 * torch.randn(size, generator=random, device="cuda") + 1).to(dtype)
 
-    whole = [draw(*shape) for _ in range(3)]
+
+def ratio(ours: torch.Tensor, torchs: torch.Tensor, right: torch.Tensor) -> float:
+    """Our error over what is allowed: at most 1."""
+    unit = torch.finfo(ours.dtype).eps * right.abs().max()
+    allowed = LIMIT * (torchs.double() - right).abs().max() + 4 * unit
+    return ((ours.double() - right).abs().max() / allowed).item()
+
+
+def same(*pairs: tuple[torch.Tensor, torch.Tensor]) -> None:
+    if not all(torch.equal(x, y) for x, y in pairs):
+        raise RuntimeError("two runs differ")
+
+
+def runs(reason: str | None) -> None:
+    if reason:
+        raise RuntimeError(f"the kernels did not run: {reason}")
+
+
+def group_norm(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> dict[str, float]:
+    x, residual, dy = (draw(*shape, dtype=dtype) for _ in range(3))
     if channels_last:
-        whole = [v.to(memory_format=torch.channels_last if v.ndim == 4 else torch.channels_last_3d) for v in whole]
-    return *whole, draw(shape[1]), draw(shape[1]), draw(*shape[:2]), draw(*shape[:2])
-
-
-def errors(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> dict[str, float]:
-    """Ours over what is allowed, output by output: at most 1."""
-    x, residual, dy, weight, bias, scale, shift = inputs(shape, dtype, channels_last)
+        last = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+        x, residual, dy = (v.to(memory_format=last) for v in (x, residual, dy))
+    weight, bias, scale, shift = (draw(*s, dtype=dtype) for s in (shape[1:2], shape[1:2], shape[:2], shape[:2]))
     groups = 2 if shape[1] % 32 else 32
     norm = m.Norm(groups, weight, bias, 1e-5, scale, shift, True)
-    if reason := m.why_not(x, norm):
-        raise RuntimeError(f"the kernels did not run: {reason}")
+    runs(m.why_not(x, norm))
     wide = m.Norm(groups, weight.double(), bias.double(), 1e-5, scale.double(), shift.double(), True)
     y, total, mean, rstd = torch.ops.fastdiff.add_group_norm(x, residual, groups, weight, bias, 1e-5, scale, shift, True)
     again = torch.ops.fastdiff.add_group_norm(x, residual, groups, weight, bias, 1e-5, scale, shift, True)
-    if not all(torch.equal(a, b) for a, b in zip((y, total, mean, rstd), again, strict=True)):
-        raise RuntimeError("two runs differ")
+    same(*zip((y, total, mean, rstd), again, strict=True))
     if not torch.equal(total, x + residual):
         raise RuntimeError("the returned sum is not x + residual")
     exact = m.statistics(total.double(), wide)
@@ -51,21 +74,66 @@ def errors(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> d
     return {name: ratio(*v) for name, v in triples.items()}
 
 
-def ratio(ours: torch.Tensor, torchs: torch.Tensor, right: torch.Tensor) -> float:
-    unit = torch.finfo(ours.dtype).eps * right.abs().max()
-    allowed = LIMIT * (torchs.double() - right).abs().max() + 4 * unit
-    return ((ours.double() - right).abs().max() / allowed).item()
+def attention(size: tuple[int, ...], dtype: torch.dtype, channels_first: bool) -> dict[str, float]:
+    """q, k and v as views of fused projections, in rows or in columns."""
+    batch, heads, queries, keys, head = size
+
+    def part(length: int) -> torch.Tensor:
+        if channels_first:
+            return draw(batch, heads, head, length, dtype=dtype).transpose(-1, -2)
+        return draw(batch, length, heads, head, dtype=dtype).transpose(1, 2)
+
+    q, k, v, residual = (part(n) for n in (queries, keys, keys, queries))
+    runs(a.why_not(q, k, v))
+    y = torch.ops.fastdiff.attention(q, k, v, residual, None)
+    same((y, torch.ops.fastdiff.attention(q, k, v, residual, None)))
+    same((y[-1:], torch.ops.fastdiff.attention(q[-1:], k[-1:], v[-1:], residual[-1:], None)))  # whatever stands beside it
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        exact = a.reference(q.double(), k.double(), v.double(), residual.double())
+        own = a.reference(q, k, v, residual)
+    return {"y": ratio(y, own, exact)}
+
+
+def combine(shape: tuple[int, ...], inputs: int, outputs: int, dtype: torch.dtype) -> dict[str, float]:
+    """Sums against float64; the noise of the kernel against torch's, of which 1e-6 is allowed."""
+    columns = [draw(*shape, dtype=torch.float32 if i % 2 else dtype) for i in range(inputs)]
+    weights, seeds = draw(outputs, inputs + 1, dtype=torch.float32), seed_bits(range(2**64 - shape[0], 2**64), "cuda")
+    runs(c.why_not(columns))
+    got = torch.stack(torch.ops.fastdiff.combine(columns, weights, seeds, 3))
+    same((got, torch.stack(torch.ops.fastdiff.combine(columns, weights, seeds, 3))))
+    z = normals(seeds, 3, columns[0][0].numel()).view(shape)
+    own = torch.stack(c.reference(columns, weights, seeds, 3))
+    exact = torch.einsum("ji,i...->j...", weights.double(), torch.stack([x.double() for x in [*columns, z]]))
+    only = torch.zeros(1, 2, device="cuda")
+    only[0, 1] = 1
+    noise = torch.ops.fastdiff.combine([columns[1]], only, seeds, 3)[0]
+    return {"y": ratio(got, own, exact), "noise": ((noise - z).abs().max() / 1e-6).item()}
+
+
+def cases() -> Iterator[tuple[str, dict[str, Any], Callable[[], dict[str, float]]]]:
+    """(op, what it is given, the check)."""
+    for shape, dtype, last in itertools.product(SHAPES, DTYPES, (False, True)):
+        if not last or len(shape) > 3:
+            about = {"shape": "x".join(map(str, shape)), "dtype": str(dtype)[6:], "layout": "nhwc" if last else "nchw"}
+            yield "group_norm", about, lambda shape=shape, dtype=dtype, last=last: group_norm(shape, dtype, last)
+    for size, dtype, first in itertools.product(ATTENTIONS, a.DTYPES, (False, True)):
+        about = {"shape": "x".join(map(str, size)), "dtype": str(dtype)[6:], "layout": "columns" if first else "rows"}
+        yield "attention", about, lambda size=size, dtype=dtype, first=first: attention(size, dtype, first)
+    for (shape, inputs, outputs), dtype in itertools.product(ROWS, DTYPES):
+        about = {"shape": "x".join(map(str, shape)), "dtype": str(dtype)[6:], "layout": f"{inputs} to {outputs}"}
+        yield "combine", about, lambda s=shape, i=inputs, o=outputs, d=dtype: combine(s, i, o, d)
 
 
 def main() -> None:
+    global random
     start()
+    random = torch.Generator("cuda").manual_seed(0)
+    torch.backends.cuda.matmul.allow_tf32 = False
     rows = []
-    for shape, dtype, last in itertools.product(SHAPES, (torch.float32, torch.float16, torch.bfloat16), (False, True)):
-        if last and len(shape) < 4:
-            continue
-        row = {"shape": "x".join(map(str, shape)), "dtype": str(dtype)[6:], "layout": "nhwc" if last else "nchw"}
+    for op, about, check in cases():
+        row: dict[str, Any] = {"op": op, **about}
         try:
-            found = errors(shape, dtype, last)
+            found = check()
             row |= {**found, "ok": all(v <= 1 for v in found.values())}
         except Exception as e:  # the next case may still say something
             traceback.print_exc()

@@ -1,12 +1,13 @@
-"""Sampler overhead outside the network: fastdiff's loop, a hand-written loop and diffusers' scheduler, interleaved.
+"""Sampler overhead outside the network: fastdiff's loop, a hand-written loop, diffusers and k-diffusion, interleaved.
 
-The one definition of every loop: run as a script it writes results/overhead.json; test_overhead.py times the same.
+Run as a script it writes results/overhead.json; test_overhead.py times the same loops.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import importlib
 import json
 import platform
 import statistics
@@ -15,16 +16,16 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from overhead_hand import HAND, Network, tables
 from torch import Tensor
 
 import fastdiff as fd
 from fastdiff.files import write_text
-from fastdiff.plans import Plan
-from fastdiff.prediction import coefficients
 from fastdiff.sampling import run
 
 SHAPE = (4, 3, 32, 32)
@@ -35,8 +36,13 @@ BAR = 1.5  # fastdiff's loop against the hand-written one, two-step multistep
 SEAT_BAR = 25.0  # us a row that the scheduler seat may cost beyond fastdiff's loop
 HERE = Path(__file__).resolve().parent
 
+PEERS = ("diffusers", "k_diffusion")
+KDIFFUSION: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("sample_euler", {}), "dpmpp-2m": ("sample_dpmpp_2m", {}), "lms-4": ("sample_lms", {"order": 4}),
+    "heun": ("sample_heun", {}),
+}  # fmt: skip
+
 Loop = Callable[[], Tensor]
-Network = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,7 @@ class Case:
 
     method: str
     prediction: str
-    who: str  # "sample" | "loop" (fastdiff with and without its checks) | "seat" (in diffusers' place) | "hand" | "diffusers"
+    who: str  # "sample" | "loop" (fastdiff with and without its checks) | "seat" (in diffusers' place) | "hand" | a peer's name
     rows: int
     prepare: Callable[[], Loop]
 
@@ -55,7 +61,7 @@ class Case:
 
 
 def cases(method: str, prediction: str, peers: bool = True) -> list[Case]:
-    """Every loop for a method, on a network that returns one fixed tensor; diffusers' where it can be imported."""
+    """Every loop for a method, on a network that returns one fixed tensor; the peers' where they can be imported."""
     generator = torch.Generator().manual_seed(0)
     noise, fixed = (torch.randn(SHAPE, generator=generator) for _ in range(2))
 
@@ -80,148 +86,27 @@ def cases(method: str, prediction: str, peers: bool = True) -> list[Case]:
 
     mine = {"sample": sample, "loop": loop, "hand": hand}
     out = [Case(method, prediction, who, ROWS, lambda f=f: f) for who, f in mine.items()]
-    if peers and missing() is None:
+    if peers and missing("diffusers") is None:
         out += [diffusers_case(method, prediction, network, noise), seat_case(method, prediction, network, noise)]
+    if peers and method in KDIFFUSION and missing("k_diffusion") is None:
+        out.append(kdiffusion_case(method, prediction, network, noise))
     return out
 
 
-# The hand-written loops: weights as Python floats, in place wherever nobody else reads the tensor, the ramp by `if`.
-
-
-def hand_one(network: Network, x: Tensor, table: Iterable[Any]) -> Tensor:
-    batch, device = x.shape[0], x.device
-    for t, skip, out, a, (b0,) in table:
-        d = (x * skip).add_(network(x, torch.full((batch,), t, device=device)), alpha=out)
-        x.mul_(a).add_(d, alpha=b0)
-    return x
-
-
-def hand_two(network: Network, x: Tensor, table: Iterable[Any]) -> Tensor:
-    batch, device, d1 = x.shape[0], x.device, None
-    for t, skip, out, a, (b0, b1) in table:
-        d = (x * skip).add_(network(x, torch.full((batch,), t, device=device)), alpha=out)
-        x.mul_(a).add_(d, alpha=b0)
-        if b1:
-            x.add_(d1, alpha=b1)
-        d1 = d
-    return x
-
-
-def hand_three(network: Network, x: Tensor, table: Iterable[Any]) -> Tensor:
-    batch, device, d1, d2 = x.shape[0], x.device, None, None
-    for t, skip, out, a, (b0, b1, b2) in table:
-        d = (x * skip).add_(network(x, torch.full((batch,), t, device=device)), alpha=out)
-        x.mul_(a).add_(d, alpha=b0)
-        if b1:
-            x.add_(d1, alpha=b1)
-        if b2:
-            x.add_(d2, alpha=b2)
-        d2, d1 = d1, d
-    return x
-
-
-def hand_lms(network: Network, x: Tensor, table: Iterable[Any]) -> Tensor:
-    batch, device, e1, e2, e3 = x.shape[0], x.device, None, None, None
-    for t, skip, out, p, q, a, (b0, b1, b2, b3) in table:
-        d = (x * skip).add_(network(x, torch.full((batch,), t, device=device)), alpha=out)
-        e = (x * p).add_(d, alpha=q)
-        x.mul_(a).add_(e, alpha=b0)
-        if b1:
-            x.add_(e1, alpha=b1)
-        if b2:
-            x.add_(e2, alpha=b2)
-        if b3:
-            x.add_(e3, alpha=b3)
-        e3, e2, e1 = e2, e1, e
-    return x
-
-
-def hand_unipc(network: Network, x: Tensor, table: Iterable[Any]) -> Tensor:
-    """Corrects the base in place, then predicts from it; fastdiff's table predicts from the old base, a term more."""
-    batch, device, base, d1, d2, d3 = x.shape[0], x.device, x, None, None, None
-    for t, skip, out, ca, (c0, c1, c2, c3), a, (b0, b1, b2) in table:
-        d = (x * skip).add_(network(x, torch.full((batch,), t, device=device)), alpha=out)
-        if c0:
-            base.mul_(ca).add_(d, alpha=c0).add_(d1, alpha=c1)
-            if c2:
-                base.add_(d2, alpha=c2)
-            if c3:
-                base.add_(d3, alpha=c3)
-        x = (base * a).add_(d, alpha=b0)
-        if b1:
-            x.add_(d1, alpha=b1)
-        if b2:
-            x.add_(d2, alpha=b2)
-        d3, d2, d1 = d2, d1, d
-    return x
-
-
-def hand_heun(network: Network, x: Tensor, table: Iterable[Any]) -> Tensor:
-    batch, device = x.shape[0], x.device
-    for (t, skip, out, a, (b0, _)), second in table:
-        d = (x * skip).add_(network(x, torch.full((batch,), t, device=device)), alpha=out)
-        if second is None:
-            x.mul_(a).add_(d, alpha=b0)
-            continue
-        y = (x * a).add_(d, alpha=b0)
-        t, skip, out, a, (b0, b1) = second
-        d1 = d
-        d = (y * skip).add_(network(y, torch.full((batch,), t, device=device)), alpha=out)
-        x.mul_(a).add_(d, alpha=b0).add_(d1, alpha=b1)
-    return x
-
-
-HAND = {
-    "ddim": hand_one, "dpmpp-2m": hand_two, "dpmpp-3m": hand_three, "unipc-2": hand_unipc, "unipc-3": hand_unipc,
-    "lms-4": hand_lms, "heun": hand_heun,
-}  # fmt: skip
-
-
-def tables(plan: Plan, prediction: str) -> list[Any]:
-    """The numbers of a hand-written loop, from the plan's: (t, c_skip, c_out, weights...) a row, all Python floats."""
-    kind = HAND[plan.name]
-    width = {hand_one: 1, hand_two: 2, hand_three: 3, hand_lms: 4, hand_unipc: 4, hand_heun: 2}[kind]
-
-    def padded(h: tuple[float, ...], size: int = width) -> tuple[float, ...]:
-        return (*h, *(0.0,) * (size - len(h)))
-
-    rows: list[Any] = []
-    for row in plan.rows:
-        c = coefficients(prediction, row.alpha, row.sigma)
-        head = (row.t, c.c_skip, c.c_out)
-        if kind is hand_lms:
-            rows.append((*head, *row.store[0], row.next.x, padded(row.next.h)))
-        elif kind is hand_unipc:
-            a = row.next.x / row.base.x
-            predict = tuple(n - a * b for n, b in zip(padded(row.next.h), padded(row.base.h), strict=True))
-            order = max(1, sum(abs(w) > 1e-12 for w in predict))  # what is left of a zero after the subtraction
-            rows.append((*head, row.base.x, padded(row.base.h), a, padded(predict[:order], 3)))
-        else:
-            rows.append((*head, row.next.x, padded(row.next.h)))
-    if kind is not hand_heun:
-        return rows
-    steps, i = [], 0
-    while i < len(rows):
-        two = plan.rows[i].next != plan.rows[i].base
-        steps.append((rows[i], rows[i + 1] if two else None))
-        i += 1 + two
-    return steps
-
-
 def check(group: Iterable[Case]) -> None:
-    """The loops of a method do the same work: fastdiff's and the hand-written one give the same sample. (The seat and diffusers
-    run on the latter's own discrete levels; tests/compat compares those two.)"""
-    results = {c.who: c.prepare()() for c in group if c.who not in ("diffusers", "seat")}
+    """The loops of a method do the same work: fastdiff's and the hand-written one give the same sample. (The seat and the peers
+    run on discrete levels of their own; tests/compat and tests/solvers compare those.)"""
+    results = {c.who: c.prepare()() for c in group if c.who in ("sample", "loop", "hand")}
     for who, x in results.items():
         torch.testing.assert_close(x, results["sample"], rtol=1e-4, atol=1e-4, msg=lambda m, who=who: f"{who}: {m}")
 
 
-def missing() -> str | None:
-    """Why diffusers is not in the comparison, or None."""
+def missing(peer: str) -> str | None:
+    """Why a peer is not in the comparison, or None."""
     try:
-        import diffusers  # noqa: F401
+        importlib.import_module(peer)
     except ImportError as e:
-        return f"diffusers is not installed here ({e})"
+        return f"{peer} is not installed here ({e})"
     return None
 
 
@@ -264,6 +149,22 @@ def seat_case(method: str, prediction: str, network: Network, noise: Tensor) -> 
     rows = len(seat.timesteps)
 
     return Case(method, prediction, "seat", rows, lambda: driven(seat, network, noise))
+
+
+def kdiffusion_case(method: str, prediction: str, network: Network, noise: Tensor) -> Case:
+    """The function of k-diffusion for a method, on its wrapper of a discrete-time network; `get_sigmas` is not timed."""
+    from k_diffusion import external, sampling
+
+    wrapper = {"eps": external.DiscreteEpsDDPMDenoiser, "v": external.DiscreteVDDPMDenoiser}[prediction]
+    model = wrapper(network, torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0), quantize=False)
+    name, options = KDIFFUSION[method]
+    steps, rows = (ROWS // 2, ROWS - 1) if method == "heun" else (ROWS, ROWS)
+    sigmas, function = model.get_sigmas(steps), getattr(sampling, name)
+
+    def loop() -> Tensor:
+        return function(model, noise * sigmas[0], sigmas, disable=True, **options)
+
+    return Case(method, prediction, "k-diffusion", rows, lambda: loop)
 
 
 def driven(scheduler: Any, network: Network, noise: Tensor, **step_options: Any) -> Loop:
@@ -322,10 +223,7 @@ def machine() -> dict[str, Any]:
     """Where and on what code the numbers were made."""
     models = [x.split(":", 1)[1].strip() for x in _read("/proc/cpuinfo").splitlines() if x.startswith("model name")]
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    if missing() is None:
-        import diffusers
-
-        versions["diffusers"] = diffusers.__version__
+    versions |= {peer: metadata.version(peer) for peer in PEERS if missing(peer) is None}
     return {
         "device": models[0] if models else platform.processor(), "threads": torch.get_num_threads(),
         "load_average": _read("/proc/loadavg").split()[:3], "versions": versions, "commit": commit(),
@@ -359,8 +257,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=HERE / "results" / "overhead.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if reason := missing():
-        print(f"no peer in this run: {reason}", file=sys.stderr)
+    reasons = [reason for peer in PEERS if (reason := missing(peer))]
+    for reason in reasons:
+        print(f"not in this run: {reason}", file=sys.stderr)
     rows = []
     for prediction in PREDICTIONS:
         for method in options.methods:
@@ -372,7 +271,7 @@ def main() -> int:
             print(f"{method:9s} {prediction:4s}{''.join(cells)}", flush=True)
     setting = {
         "shape": SHAPE, "dtype": "float32", "rows": ROWS, "rounds": options.rounds, "clock": "thread_time",
-        "peers_missing": missing(),
+        "peers_missing": reasons,
     }  # fmt: skip
     write_text(options.out, json.dumps({"setting": setting, "machine": machine(), "results": rows}, indent=1) + "\n")
     print(f"wrote {options.out}")

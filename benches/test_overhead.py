@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from overhead import BAR, METHODS, PREDICTIONS, SEAT_BAR, Case, cases, check, measure, missing, summary
+from overhead import BAR, KDIFFUSION, METHODS, PREDICTIONS, SEAT_BAR, Case, cases, check, measure, missing, summary
 
-WHO = ("sample", "loop", "hand", "seat", "diffusers")
+WHO = ("sample", "loop", "hand", "seat", "diffusers", "k-diffusion")
+NEEDS = {"seat": "diffusers", "diffusers": "diffusers", "k-diffusion": "k_diffusion"}
 
 
 @pytest.fixture(autouse=True)
@@ -18,10 +19,11 @@ def one_thread():
 
 
 def case(method: str, prediction: str, who: str) -> Case:
-    theirs = who in ("diffusers", "seat")
-    if theirs and (reason := missing()):
+    if who in NEEDS and (reason := missing(NEEDS[who])):
         pytest.skip(reason)
-    return next(c for c in cases(method, prediction, peers=theirs) if c.who == who)
+    if who == "k-diffusion" and method not in KDIFFUSION:
+        pytest.skip(f"k-diffusion has no {method}")
+    return next(c for c in cases(method, prediction, peers=who in NEEDS) if c.who == who)
 
 
 @pytest.mark.parametrize("who", WHO)
@@ -30,7 +32,7 @@ def case(method: str, prediction: str, who: str) -> Case:
 def test_rows(benchmark, method, prediction, who):
     chosen = case(method, prediction, who)
     benchmark.group = f"{method} {prediction}, {chosen.rows} rows"
-    rounds = 30 if who == "diffusers" else 200
+    rounds = 30 if who in ("diffusers", "k-diffusion") else 200
     benchmark.pedantic(lambda loop: loop(), setup=lambda: ((chosen.prepare(),), {}), rounds=rounds, warmup_rounds=3)
     if benchmark.stats is not None:  # None under --benchmark-disable
         benchmark.extra_info["us_per_row"] = benchmark.stats.stats.median / chosen.rows * 1e6
@@ -50,7 +52,7 @@ def test_two_step_multistep_within_the_bar(prediction):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_seat_within_its_bar(method):
-    if reason := missing():
+    if reason := missing("diffusers"):
         pytest.skip(reason)
     result = summary(measure(cases(method, "eps"), rounds=100))
     assert result["seat"]["us_per_row"] <= result["loop"]["us_per_row"] + SEAT_BAR, result

@@ -51,7 +51,7 @@ def columns_of(table: Table, denoiser: Denoiser, contrast: Contrast | None) -> C
 
 def levels_at(denoiser: Denoiser, times: np.ndarray) -> np.ndarray:
     """c_in, c_skip, c_out and c_noise of every time, (N, 4) float64."""
-    return np.array([(*c, c_noise) for c, c_noise in (denoiser._at(float(t)) for t in times)], np.float64)
+    return np.array([(*c, c_noise) for c, c_noise in (denoiser.level(float(t)) for t in times)], np.float64)
 
 
 def acts_at(schedule: NoiseSchedule, times: np.ndarray, low: float, high: float) -> np.ndarray:

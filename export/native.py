@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import files
 from ..errors import FastdiffError
 from ..files import sha256
+from ..graph import Loop, record_cuda
 from .cache import cache_folder
 from .tensorrt import NotHere, Settings, build, engine_key, flavour_of, gpu, log_of, misfit
 
@@ -49,7 +50,7 @@ class Native:
         self.names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         self.dtypes = {name: DTYPES[engine.get_tensor_dtype(name).name] for name in self.names}
         self.feeds = [name for name in self.names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
-        self._graphs: dict[tuple[Any, ...], tuple[dict[str, Tensor], dict[str, Tensor], torch.cuda.CUDAGraph]] = {}
+        self._graphs: dict[tuple[Any, ...], tuple[dict[str, Tensor], dict[str, Tensor], Loop]] = {}
 
     def get_inputs(self) -> list[Any]:
         return [SimpleNamespace(name=name) for name in self.feeds]
@@ -82,19 +83,13 @@ class Native:
         key = tuple(tuple(given[name].shape) for name in self.feeds)
         if key not in self._graphs:
             own = {name: v.clone() for name, v in given.items()}
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                self.call(own)  # what a first run sets up must not be captured
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                made = self.call(own)
-            self._graphs[key] = own, made, graph
-        own, made, graph = self._graphs[key]
+            made: dict[str, Tensor] = {}
+            replay = record_cuda(lambda: made.update(self.call(own)))
+            self._graphs[key] = own, made, replay
+        own, made, replay = self._graphs[key]
         for name, v in given.items():
             own[name].copy_(v)
-        graph.replay()
+        replay()
         return made
 
     def refit(self, onnx: str | Path) -> None:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import FastdiffError
-from ..plans import Plan, Step
+from ..plans import Plan
+from ..program import Step
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def compile_table(plan: Plan) -> Table:
     if plan.learned_variance:
         raise FastdiffError(f"plan {plan.name} takes its variance from the network: an engine holds fixed ones (small, large)")
     groups: list[list[Step]] = [[]]  # the rows before the first call, then each call with the rows without one after it
-    for step in plan.program:
+    for step in plan.program.all:
         if step.call:
             groups.append([])
         groups[-1].append(step)
@@ -79,14 +80,8 @@ def _start(plan: Plan, group: Sequence[Step], size: int) -> tuple[np.ndarray, in
     """The states before the first call, over [start state, draws], and the draws used so far."""
     unit = np.eye(1 + plan.draws)
     states = np.zeros((size, 1 + plan.draws))
-    x, drawn = unit[0] * plan.first.x, 0
-    if plan.first.z:
-        x, drawn = x + unit[1] * plan.first.z[0], 1
-        if plan.first_noise is not None:
-            states[1 + plan.first_noise] = unit[1]
-    states[0] = states[1] = x
-    noises = list(unit[1 + drawn :])
-    return _walk(group, states, None, noises), drawn + _draw_count(group)
+    states[0] = states[1] = unit[0]
+    return _walk(group, states, None, list(unit[1:])), _draw_count(group)
 
 
 def _row(group: Sequence[Step], size: int, width: int) -> np.ndarray:
@@ -98,8 +93,10 @@ def _walk(group: Sequence[Step], states: np.ndarray, prediction: np.ndarray | No
     """`sampling.run` on symbols: every state is a vector over what the group starts from. Register r is state 1 + r."""
     for step in group:
         y = states[0].copy()
+        for register in step.keeps:
+            states[1 + register] = prediction
         for register, p, q in step.stores:
-            states[1 + register] = p * y + (q * prediction if prediction is not None and q else 0.0)
+            states[1 + register] = (p or 0.0) * y + (0.0 if q is None else q * prediction)
         if step.draw is not None:
             states[1 + step.draw] = noises.pop(0)
         states[0] = sum(w * states[1 + r] for r, w in step.next)

@@ -19,7 +19,7 @@ from .errors import FastdiffError, NonFiniteError
 from .grid import LAM_START, Node
 from .pairs import PAIRS, Field, Pair, find
 from .plans import IDENTITY, Plan, Row
-from .sampling import begin
+from .sampling import begin, naming_conditions
 
 
 class _Pair(NamedTuple):
@@ -94,9 +94,10 @@ def sample_adaptive(
     row = Row(first.t, first.alpha, first.sigma, IDENTITY, IDENTITY, store=())
     idle = Plan("adaptive", (row,), (first.alpha, first.sigma), (first.alpha, first.sigma))
     state, _ = begin(denoiser, idle, noise, seeds, start, dtype, None)
-    run = _Run(denoiser, state, control, first, together)
-    while run.active.numel():
-        run.step()
+    with naming_conditions(denoiser, len(state)):
+        run = _Run(denoiser, state, control, first, together)
+        while run.active.numel():
+            run.step()
     if bool(run.unfinished.any()):
         count = f"{int(run.unfinished.sum())} of {len(run.unfinished)}"
         warnings.warn(f"{count} samples reached max_nfe = {max_nfe} before the end; they are flagged", UserWarning, stacklevel=2)

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .errors import FastdiffError
-from .prediction import Coefficients, check_prediction, coefficients
+from .prediction import Coefficients, Level, check_prediction, coefficients
 from .schedule import NoiseSchedule
 
 if TYPE_CHECKING:
     from .plans import Plan
 
 Network = Callable[..., Any]
+
+
+class Folded(NamedTuple):
+    """A denoiser's own arithmetic at one time, where it is linear: D = skip x + sum of weight * network output."""
+
+    skip: float
+    weights: tuple[float, ...]
 
 
 class Denoiser:
@@ -64,7 +71,7 @@ class Denoiser:
         self.info: dict[str, Any] = {}  # the checkpoint's own metadata
         self.decoder: Callable[[Tensor], Tensor] | None = None  # samples -> images in data_range, where samples are latents
         self.encode: Callable[[Sequence[str]], dict[str, Any]] | None = None  # prompts -> the conditions to bind
-        self._levels: dict[float, tuple[Coefficients, float]] = {}
+        self.levels: dict[float, tuple[Coefficients, Level]] = {}  # of every float time asked for: see `level`
 
     @property
     def guidance(self) -> float | None:
@@ -114,6 +121,10 @@ class Denoiser:
         bound.cond = {**self.cond, **cond}
         return bound
 
+    def bound(self) -> Iterator[tuple[str, Any]]:
+        """Every condition that an evaluation takes, with its name."""
+        yield from self.cond.items()
+
     def calls_at(self, t: float) -> int:
         """Network calls of an evaluation at time t."""
         return self.calls
@@ -128,8 +139,8 @@ class Denoiser:
         if isinstance(t, Tensor):
             c, c_noise = self._at_tensor(x, t)
         else:
-            c, noise_level = self._levels.get(t) or self._at(t)
-            c_noise = x.new_full((x.shape[0],), noise_level, dtype=torch.float32)
+            c, level = self.levels.get(t) or self.level(t)
+            c_noise = told(x, level)
         return self._denoise(x, c, c_noise)
 
     def with_variance(self, x: Tensor, t: float) -> tuple[Tensor, Tensor]:
@@ -139,11 +150,23 @@ class Denoiser:
         Raises:
             FastdiffError: the network returns no second half of channels.
         """
-        (c_in, c_skip, c_out), noise_level = self._levels.get(t) or self._at(t)
-        f = self.raw(x * c_in, x.new_full((x.shape[0],), noise_level, dtype=torch.float32)).to(x.dtype)
+        (c_in, c_skip, c_out), level = self.level(t)
+        f = self.raw(x * c_in, told(x, level)).to(x.dtype)
         if f.shape == x.shape:
             raise FastdiffError("this plan needs learned variance: a network that returns twice the channels of its input")
         return x * c_skip + self._drop_variance(f, x) * c_out, f[:, x.shape[1] :]
+
+    def folded(self, t: float) -> Folded | None:
+        """What turns `outputs` at time t into the prediction, for who does that arithmetic elsewhere; None: call the denoiser."""
+        if type(self).__call__ is not Denoiser.__call__:
+            return None
+        (_, c_skip, c_out), _ = self.level(t)
+        return Folded(c_skip, (c_out,))
+
+    def outputs(self, x: Tensor, t: float) -> tuple[Tensor, ...]:
+        """The network's outputs at time t, each of x's shape and of the network's own dtype: one for each weight of `folded`."""
+        (c_in, _, _), noise_level = self.level(t)
+        return (self._output(x, c_in, told(x, noise_level)),)
 
     def raw(self, x: Tensor, c_noise: Tensor) -> Tensor:
         """The network's own output F for an input already scaled by c_in, in the network's dtype."""
@@ -152,14 +175,17 @@ class Denoiser:
 
     def _denoise(self, x: Tensor, c: Coefficients, c_noise: Tensor) -> Tensor:
         c_in, c_skip, c_out = c
-        f = self.raw(x if isinstance(c_in, float) and c_in == 1.0 else x * c_in, c_noise)
+        f = self._output(x, c_in, c_noise)
         if f.dtype != x.dtype:
             f = f.to(x.dtype)
-        if f.shape != x.shape:
-            f = self._drop_variance(f, x)
         if isinstance(c_skip, float):
             return (x * c_skip).add_(f, alpha=c_out) if c_skip != 0.0 else f * c_out
         return x * c_skip + f * c_out
+
+    def _output(self, x: Tensor, c_in: Any, c_noise: Tensor) -> Tensor:
+        """What the network predicts, of x's shape."""
+        f = self.raw(x if isinstance(c_in, float) and c_in == 1.0 else x * c_in, c_noise)
+        return f if f.shape == x.shape else self._drop_variance(f, x)
 
     def _drop_variance(self, f: Tensor, x: Tensor) -> Tensor:
         doubled = (x.shape[0], 2 * x.shape[1], *x.shape[2:])
@@ -170,8 +196,21 @@ class Denoiser:
             )
         return f[:, : x.shape[1]]
 
-    def _at(self, t: float) -> tuple[Coefficients, float]:
+    @property
+    def leaves(self) -> tuple[Denoiser, ...]:
+        """The denoisers that call a network: without guidance this one alone."""
+        return (self,)
+
+    def choices(self, t: float) -> tuple[Any, ...]:
+        """What a call at the float time t takes from the host beside its leaves' levels: equal for two times that differ in
+        these alone, as the choice whether guidance acts. A captured loop keeps it."""
+        return () if type(self) is Denoiser else (t,)  # a subclass that does not say may take anything from the time
+
+    def level(self, t: float) -> tuple[Coefficients, Level]:
         """Coefficients and c_noise of one time, computed once in float64 and kept."""
+        return self.levels.get(t) or self._at(t)
+
+    def _at(self, t: float) -> tuple[Coefficients, float]:
         alpha, sigma = float(self.schedule.alpha(t)), float(self.schedule.sigma(t))
         if alpha == 0.0 and self.prediction in ("eps", "score"):
             raise FastdiffError(
@@ -187,7 +226,7 @@ class Denoiser:
             c_noise = math.log(sigma / alpha) / 4
         else:
             c_noise = float(t)
-        self._levels[t] = c, c_noise
+        self.levels[t] = c, c_noise
         return c, c_noise
 
     def _at_tensor(self, x: Tensor, t: Tensor) -> tuple[Coefficients, Tensor]:
@@ -247,6 +286,13 @@ class Denoiser:
         if self.decoder is not None:
             x = self.decoder(x)
         return ((x.float() - low) / (high - low)).clamp(0, 1)
+
+
+def told(x: Tensor, level: Level) -> Tensor:
+    """What the network is told of the time, (B,) float32: the same for every sample of x."""
+    if isinstance(level, float):
+        return x.new_full((x.shape[0],), level, dtype=torch.float32)
+    return level.float().repeat(x.shape[0])
 
 
 def first_tensor(out: Any) -> Tensor:

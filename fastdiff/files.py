@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +38,13 @@ def atomic(path: str | Path) -> Iterator[Path]:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Removes what a process that was killed inside `atomic` left in a folder; nobody may be writing to it."""
+    for name in os.listdir(folder):
+        if re.fullmatch(r"\..+?(\.\w+)\.[a-z0-9_]{8}\1", name):  # atomic's names: .stem.suffix.8 letters.suffix
+            (folder / name).unlink(missing_ok=True)
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:

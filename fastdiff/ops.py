@@ -6,52 +6,75 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+BY_TORCH = "torch (our kernel was not measured to be faster anywhere: benches/gpu.sh --only attention)"
+BY_MEASURE = "triton where it was measured to be faster, else torch"
 
 
 def group_norm_silu(
-    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5,
-    scale: Tensor | None = None, shift: Tensor | None = None, silu: bool = True,
+    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5,
+    scale: Tensor | None = None, shift: Tensor | None = None, silu: bool = True, residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """silu(GroupNorm(x) * (1 + scale) + shift), statistics in float32.
+    """silu(GroupNorm(x + residual) * (1 + scale) + shift), statistics in float32.
 
-    Shapes: x (B, C, *spatial); weight, bias (C,); scale, shift (B, C) or None. Returns x's shape and dtype.
+    Shapes: x (B, C, *spatial); residual broadcasts to x; weight, bias (C,) or None; scale, shift (B, C) or None. Returns
+    x's shape and dtype.
     """
     from .kernels import group_norm as fused
 
     if x.device.type != "cuda":  # the op would make the same numbers, and the statistics that only its gradient needs
-        return fused.reference(x, fused.Norm(groups, weight, bias, eps, scale, shift, silu))
+        total = x if residual is None else x + residual
+        return fused.reference(total, fused.Norm(groups, weight, bias, eps, scale, shift, silu))
+    if residual is not None:
+        return torch.ops.fastdiff.add_group_norm(x, residual.expand_as(x), groups, weight, bias, eps, scale, shift, silu)[0]
     return torch.ops.fastdiff.group_norm(x, groups, weight, bias, eps, scale, shift, silu)[0]
+
+
+def why_torch(device: torch.device) -> str | None:
+    """Why the ops are torch's on a device; None where the kernels run."""
+    from .kernels.availability import missing_triton
+
+    return missing_triton(device)
 
 
 def backends() -> dict[str, str]:
     """What each op runs on here: "triton", or "torch" and why."""
-    from .kernels.availability import missing_triton
+    from .kernels import attention
 
-    reason = missing_triton(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    return {
-        "group_norm_silu": "triton" if reason is None else f"torch ({reason})",
-        "attention": "torch (no kernel yet)",
-        "combine": "torch (no kernel yet)",
-    }
+    reason = why_torch(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    ours = "triton" if reason is None else f"torch ({reason})"
+    measured = BY_MEASURE if attention.FASTER else BY_TORCH
+    return {"group_norm_silu": ours, "attention": measured if reason is None else ours, "combine": ours}
 
 
 def onnx_table() -> dict[Any, Any]:
     """The fused ops for torch.onnx.export(..., custom_translation_table=): a network on a GPU is traced with them inside."""
-    from .kernels import group_norm as fused
+    from .kernels import attention, combine, group_norm
 
-    return fused.onnx_table()
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v for (B, heads, length, d) inputs."""
-    return F.scaled_dot_product_attention(q, k, v)
+    return {**group_norm.onnx_table(), **attention.onnx_table(), **combine.onnx_table()}
 
 
-def combine(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """The weighted sum of same-shaped tensors: one row of a plan. Never aliases an input; needs at least one tensor."""
-    y = tensors[0] * weights[0]
-    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
-        y.add_(tensor, alpha=weight)
-    return y
+def attention(q: Tensor, k: Tensor, v: Tensor, residual: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """softmax(q k^T scale) v + residual; scale None is 1 / sqrt(d). By our kernel where it was measured to be the fastest.
+
+    Shapes: q and residual (B, heads, S, d); k and v (B, heads, S', d); views of a fused projection are read in place.
+    """
+    from .kernels import attention as fused
+
+    if q.device.type == "cuda" and fused.faster(q, k, v):
+        return torch.ops.fastdiff.attention(q, k, v, residual, scale)
+    return fused.reference(q, k, v, residual, scale)
+
+
+def combine(inputs: Sequence[Tensor], weights: Tensor, seeds: Tensor | None = None, draw: int = 0) -> list[Tensor]:
+    """The update of a row of a plan: out[j] = sum_i weights[j, i] inputs[i], and with seeds + weights[j, -1] noise(seeds, draw).
+
+    Shapes: inputs (B, ...), all alike; weights (outputs, inputs or one more), on their device; seeds (B,) int64 bits.
+    """
+    from .kernels import combine as fused
+
+    if weights.device.type != "cuda":
+        fused.check(inputs, weights, seeds, draw)
+        return fused.reference(inputs, weights, seeds, draw)
+    return torch.ops.fastdiff.combine(list(inputs), weights, seeds, draw)

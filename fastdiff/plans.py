@@ -20,6 +20,7 @@ import numpy as np
 
 from .errors import PlanError
 from .files import write_text
+from .program import Program, compile_program
 
 FORMAT = 1
 TOLERANCE = 1e-12  # on mean and spread, relative to hypot(alpha, sigma)
@@ -67,24 +68,6 @@ class Row:
     def calls(self) -> bool:
         """Whether the network is called: not where every stored weight on its prediction is 0."""
         return any(q != 0.0 for _, q in self.store)
-
-
-@dataclass(frozen=True)
-class Step:
-    """A row as an executor runs it: registers instead of positions, zero weights left out, dead registers named.
-
-    Register 0 is the base. `next` and `base` are sums over (register, weight); base None means "the next point itself", an
-    empty base means "unchanged".
-    """
-
-    t: float
-    call: bool
-    stores: tuple[tuple[int, float, float], ...]
-    draw: int | None
-    next: tuple[tuple[int, float], ...]
-    base: tuple[tuple[int, float], ...] | None
-    free: tuple[int, ...]
-    var: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -207,26 +190,14 @@ class Plan:
                 raise PlanError(f"plan {self.name}, {where}: its weights give noise of {spread:.15g} where sigma is {sigma:.15g}")
 
     @cached_property
-    def program(self) -> tuple[Step, ...]:
+    def program(self) -> Program:
         """The rows compiled to registers; every executor runs this. An entry is dropped after the last row that reads it."""
-        return _compile(self)
+        return compile_program(self)
 
-    @cached_property
-    def first_noise(self) -> int | None:
-        """The register of the noise that `first` drew, where a row weighs it again; else None."""
-        drawn = 0
-        for row in self.rows:
-            drawn += row.draw is not None
-            if self.first.z and any(w != 0.0 for w in (*row.next.z[drawn:], *row.base.z[drawn:])):
-                return 1
-        return None
-
-    @cached_property
+    @property
     def registers(self) -> int:
         """Registers the program needs: the base, and the most history entries and noises alive at once."""
-        used = [r for s in self.program for r, _ in (*s.next, *(s.base or ()))]
-        used += [r for s in self.program for r, _, _ in s.stores] + [s.draw for s in self.program if s.draw is not None]
-        return 1 + max(used, default=0)
+        return self.program.registers
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=1)
@@ -283,9 +254,6 @@ def expand(plan: Plan) -> np.ndarray:
     return np.array(out)
 
 
-Term = tuple[str, float]
-
-
 def _is_pair(value: Any) -> bool:
     """Two finite numbers."""
     return isinstance(value, tuple) and len(value) == 2 and all(isinstance(v, Real) and math.isfinite(v) for v in value)
@@ -316,56 +284,3 @@ def _row(data: dict[str, Any]) -> Row:
         store=tuple((float(p), float(q)) for p, q in data["store"]),
         draw=tuple(draw) if isinstance(draw, list) else draw, var=None if var is None else tuple(var),
     )  # fmt: skip
-
-
-def _named_terms(plan: Plan) -> list[tuple[list[str], str | None, list[Term], list[Term]]]:
-    """For each row: the entries it stores, the noise it draws, and its `next` and `base` over names instead of positions."""
-    history: list[str] = []
-    noises = ["z"] * len(plan.first.z)
-    out = []
-    for i, row in enumerate(plan.rows):
-        stored = [f"h{i}.{j}" for j in range(len(row.store))]
-        history = stored[::-1] + history
-        drawn = None if row.draw is None else f"z{i}"
-        if drawn:
-            noises.insert(0, drawn)
-        nxt, base = (
-            [(name, w) for name, w in (*zip(history, s.h, strict=False), *zip(noises, s.z, strict=False)) if w != 0.0]
-            for s in (row.next, row.next if i == len(plan.rows) - 1 else row.base)  # nothing builds on the last base
-        )
-        out.append((stored, drawn, nxt, base))
-    return out
-
-
-def _compile(plan: Plan) -> tuple[Step, ...]:
-    """Registers by linear scan over the last use of each history entry and noise."""
-    named = _named_terms(plan)
-    last_use = {name: i for i, (_, _, nxt, base) in enumerate(named) for name, _ in (*nxt, *base)}
-    for i, (_, drawn, _, _) in enumerate(named):
-        if drawn is not None:
-            last_use.setdefault(drawn, i)  # a noise that nothing weighs is drawn all the same: draw k stays draw k
-    register: dict[str, int] = {}
-    spare: list[int] = []
-    steps = []
-
-    def take(name: str) -> int:
-        register[name] = spare.pop() if spare else len(register) + 1
-        return register[name]
-
-    def sum_of(x: float, terms: list[Term]) -> tuple[tuple[int, float], ...]:
-        return tuple(((0, x),) if x != 0.0 or not terms else ()) + tuple((register[name], w) for name, w in terms)
-
-    if "z" in last_use:
-        take("z")
-    for i, (row, (stored, drawn, nxt, base)) in enumerate(zip(plan.rows, named, strict=True)):
-        stores = tuple((take(name), p, q) for name, (p, q) in zip(stored, row.store, strict=True) if name in last_use)
-        draw = None if drawn is None else take(drawn)
-        same = row.base == row.next or i == len(named) - 1
-        unchanged = row.base == IDENTITY
-        base_sum = None if same else () if unchanged else sum_of(row.base.x, base)
-        dead = [name for name in register if last_use[name] == i]
-        step_next = sum_of(row.next.x, nxt)
-        spare += [register.pop(name) for name in dead]
-        free = tuple(spare[len(spare) - len(dead):])
-        steps.append(Step(row.t, row.calls, stores, draw, step_next, base_sum, free, row.var))
-    return tuple(steps)

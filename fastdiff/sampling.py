@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import fused
 from .brownian import shared_path
 from .errors import FastdiffError, NonFiniteError
 from .noise import NoiseSource, check_seeds, from_seeds
-from .plans import Plan, Step
+from .plans import Plan
+from .program import Program, Step, Terms, Weight
 
 DenoiserLike = Callable[[Tensor, Any], Tensor]
 Callback = Callable[[int, Tensor], None]
 Predicted = tuple[Tensor | None, Tensor | None]  # the denoised prediction, and the variance output where a row asks for it
+POINT = -1  # the register of the point where the next row evaluates
 
 
 @torch.no_grad()
@@ -48,19 +52,85 @@ def sample(
         FastdiffError: nothing or too much to start from, a wrong shape, draws without a source.
         NonFiniteError: the network returned NaN or infinity (which row and time).
     """
+    plan = given_plan(denoiser, plan)
+
+    def loop(x: Tensor, source: NoiseSource | None) -> Tensor:
+        return run(denoiser, plan, x, source, callback)
+
+    return _sample_by(loop, denoiser, plan, noise, seeds, start, brownian, dtype, device)
+
+
+def given_plan(denoiser: DenoiserLike, plan: Plan | None) -> Plan:
+    """The plan, by default the denoiser's own."""
     plan = plan if plan is not None else getattr(denoiser, "plan", None)
     if plan is None:
         raise FastdiffError("no plan given, and the checkpoint ships with none: make one with fd.plan(solver, denoiser, nfe=...)")
+    return plan
+
+
+class Executor:
+    """A denoiser and a plan made ready for many runs: called as `sample`, without the two.
+
+    A subclass gives `execute`, which is handed the start state (B, *shape) and all draws of the plan, (draws, B, *shape).
+    """
+
+    device: torch.device | None = None  # where the states are made; None: as `sample` does
+
+    def __init__(self, denoiser: DenoiserLike, plan: Plan | None = None) -> None:
+        self.denoiser, self.plan = denoiser, given_plan(denoiser, plan)
+
+    @torch.no_grad()
+    def __call__(
+        self, noise: Tensor | NoiseSource | None = None, *, seeds: Sequence[int] | None = None, start: Tensor | None = None,
+        brownian: bool = False, dtype: torch.dtype = torch.float32,
+    ) -> Tensor:  # fmt: skip
+        """Samples (B, *shape); arguments and errors as for `sample`."""
+        return _sample_by(self._loop, self.denoiser, self.plan, noise, seeds, start, brownian, dtype, self.device)
+
+    def _loop(self, x: Tensor, source: NoiseSource | None) -> Tensor:
+        noises = x.new_empty((self.plan.draws, *x.shape))
+        for k in range(self.plan.draws):
+            assert source is not None
+            noises[k] = source(1 + k, x.shape, x.device)
+        return self.execute(x, noises)
+
+    def execute(self, x: Tensor, noises: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+def _sample_by(
+    loop: Callable[[Tensor, NoiseSource | None], Tensor], denoiser: DenoiserLike, plan: Plan,
+    noise: Tensor | NoiseSource | None, seeds: Sequence[int] | None, start: Tensor | None, brownian: bool,
+    dtype: torch.dtype, device: torch.device | str | None,
+) -> Tensor:  # fmt: skip
+    """What every executor does before and after its loop."""
     state, source = begin(denoiser, plan, noise, seeds, start, dtype, device)
     if brownian:
         if seeds is None:
             raise FastdiffError("a Brownian path belongs to a seed: give seeds= with brownian=True")
         source = shared_path(seeds, plan)
-    result = run(denoiser, plan, state, source, callback)
+    with naming_conditions(denoiser, len(state)):
+        result = loop(state, source)
     # the one host sync, after the loop; the sum is 30 us cheaper than looking at each value, which a non-finite one then gets
     if not math.isfinite(result.sum()) and not bool(result.isfinite().all()):
         _explain(denoiser, plan, state, source)
     return result
+
+
+@contextmanager
+def naming_conditions(denoiser: DenoiserLike, batch: int) -> Iterator[None]:
+    """Where a network fails whose conditions are neither one a sample nor one for all, the error names them."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, IndexError, FastdiffError) as e:
+        bound = denoiser.bound() if hasattr(denoiser, "bound") else ()
+        counts = {name: len(v) for name, v in bound if isinstance(v, Tensor) and v.ndim and len(v) not in (1, batch)}
+        if not counts:
+            raise
+        given = ", ".join(f"{count} {name}" for name, count in counts.items())
+        raise FastdiffError(f"{given} for a batch of {batch}: give one a sample, or one for all") from e
 
 
 def begin(
@@ -100,31 +170,34 @@ def begin(
 
 
 def run(
-    denoiser: DenoiserLike, plan: Plan, x: Tensor, source: NoiseSource | None = None, callback: Callback | None = None
+    denoiser: DenoiserLike, plan: Plan | Program, x: Tensor, source: NoiseSource | None = None, callback: Callback | None = None
 ) -> Tensor:
-    """The loop: x is the state at the plan's start level. No host sync, no arithmetic on weights, dead history dropped."""
-    registers: dict[int, Any] = {}
+    """The loop: x is the state at the plan's start level. No host sync, no arithmetic on weights, dead history dropped. On a GPU
+    a row is one op (fastdiff.fused), where its rows are linear and the state is float32.
+
+    Instead of a plan its program will do, whose weights then may be 0-d tensors on the state's device.
+    """
+    if isinstance(plan, Plan) and x.is_cuda and x.dtype == torch.float32 and fused.fits(plan):
+        return fused.run(denoiser, plan, x, source, callback)
+    program = plan.program if isinstance(plan, Plan) else plan
+    registers: dict[int, Any] = {0: x, POINT: x}
+    shape, device, dtype = x.shape, x.device, x.dtype
+    del x  # the state is gone as soon as no row needs it: only the registers hold it
     drawn = 0
 
     def draw() -> Tensor:
         nonlocal drawn
         drawn += 1
         assert source is not None
-        return source(drawn, x.shape, x.device).to(x.dtype)
+        return source(drawn, shape, device).to(dtype)
 
-    if plan.first.x != 1.0 or plan.first.z:
-        z = draw() if plan.first.z else None
-        x = x * plan.first.x
-        if z is not None:
-            x = x.add_(z, alpha=plan.first.z[0])
-            if plan.first_noise is not None:
-                registers[plan.first_noise] = z
-    y = registers[0] = x
-    for i, step in enumerate(plan.program):
-        y = advance(registers, step, y, _predict(denoiser, y, step), draw)
+    if program.opening is not None:
+        advance(registers, program.opening, (None, None), draw)
+    for i, step in enumerate(program.steps):
+        advance(registers, step, _predict(denoiser, registers[POINT], step), draw)
         if callback is not None:
-            callback(i, y)
-    return y
+            callback(i, registers[POINT])
+    return registers[POINT]
 
 
 def _predict(denoiser: DenoiserLike, y: Tensor, step: Step) -> Predicted:
@@ -134,43 +207,52 @@ def _predict(denoiser: DenoiserLike, y: Tensor, step: Step) -> Predicted:
     return denoiser(y, step.t) if step.call else None, None
 
 
-def advance(registers: dict[int, Any], step: Step, y: Tensor, predicted: Predicted, draw: Callable[[], Tensor]) -> Tensor:
-    """One row of a program: from the point y and what was predicted there to the next point."""
+def advance(registers: dict[int, Any], step: Step, predicted: Predicted, draw: Callable[[], Tensor]) -> Tensor:
+    """One row of a program: from the point, register POINT, and what was predicted there to the next point, put there too."""
     d, v = predicted
     del predicted
+    y = registers.pop(POINT)
+    for register in step.keeps:
+        registers[register] = d
     for register, p, q in step.stores:
-        registers[register] = d if p == 0.0 and q == 1.0 else _pair(y, p, d, q)
-    del d  # what no later row reads is gone before the next call
+        registers[register] = _pair(y, p, d, q)
+    del d, y  # what no later row reads is gone before anything new is made
     if step.draw is not None:
         registers[step.draw] = draw() if v is None or step.var is None else _scaled(draw(), v, *step.var)
-    y = _sum(registers, step.next)
+    del v
+    point = registers[POINT] = _sum(registers, step.next)
     if step.base is None:
-        registers[0] = y
+        registers[0] = point
     elif step.base:
         registers[0] = _sum(registers, step.base)
     for r in step.free:
         del registers[r]
-    return y
+    return point
 
 
-def _sum(registers: dict[int, Any], terms: tuple[tuple[int, float], ...]) -> Tensor:
+def _sum(registers: dict[int, Any], terms: Terms) -> Tensor:
     rest = iter(terms)
     r, w = next(rest)
     total = registers[r] * w
     for r, w in rest:
-        total.add_(registers[r], alpha=w)
+        _add(total, registers[r], w)
     return total
 
 
-def _pair(y: Tensor, p: float, d: Tensor | None, q: float) -> Tensor:
-    if d is None or q == 0.0:
+def _add(total: Tensor, x: Tensor, w: Weight) -> Tensor:
+    """total += w*x, in place: a float is handed to the kernel, a 0-d tensor read by it."""
+    return total.add_(x, alpha=w) if isinstance(w, float) else total.addcmul_(x, w)
+
+
+def _pair(y: Tensor, p: Weight, d: Tensor | None, q: Weight) -> Tensor:
+    if d is None or q is None:
         return y * p
-    return (y * p).add_(d, alpha=q) if p else d * q
+    return d * q if p is None else _add(y * p, d, q)
 
 
-def _scaled(z: Tensor, v: Tensor, low: float, high: float) -> Tensor:
+def _scaled(z: Tensor, v: Tensor, low: Weight, high: Weight) -> Tensor:
     """A noise of learned strength: the log of its factor goes from `low` at v = -1 to `high` at 1."""
-    return z * torch.exp((high - low) / 2 * v + (high + low) / 2)
+    return (v * ((high - low) / 2)).add_((high + low) / 2).exp_().mul_(z)
 
 
 def _explain(denoiser: DenoiserLike, plan: Plan, state: Tensor, source: NoiseSource | None) -> None:

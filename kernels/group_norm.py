@@ -60,12 +60,13 @@ def flat(x: Tensor) -> Tensor:
 
 def reference(x: Tensor, norm: Norm) -> Tensor:
     """The torch form, in x's dtype."""
-    weight, bias = (v if v is None else v.to(x.dtype) for v in (norm.weight, norm.bias))
+    weight, bias = (v if v is None or v.dtype == x.dtype else v.to(x.dtype) for v in (norm.weight, norm.bias))
     y = F.group_norm(x, norm.groups, weight, bias, norm.eps)
     if norm.scale is not None and norm.shift is not None:
         ones = (1,) * (x.ndim - 2)
         y = torch.addcmul(norm.shift.view(*norm.shift.shape, *ones), y, 1 + norm.scale.view(*norm.scale.shape, *ones))
-    return F.silu(y) if norm.silu else y
+    # y is new: where no gradient needs it, SiLU writes over it
+    return F.silu(y, inplace=not (y.requires_grad or torch.compiler.is_compiling())) if norm.silu else y
 
 
 def statistics(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:

@@ -1,15 +1,16 @@
 """Closed-form problems, and the table of a plan read literally: the independent references of the engine's tests.
 
-Everything is float64 numpy unless a name says torch. Nothing here imports an executor.
+Everything is float64 numpy unless a name says torch.
 """
 
-import itertools
 import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from scipy.integrate import solve_ivp
+
+from fastdiff import reference
 
 
 @dataclass(frozen=True)
@@ -83,29 +84,8 @@ BIMODAL = Mixture((0.35, 0.65), (-1.0, 0.8), (0.3, 0.5))
 
 
 def interpret(plan, denoise, start, noises=()):
-    """A plan's table read literally, with growing lists and no registers; the denoiser is called as `(y, alpha, sigma)`.
-
-    Returns every point that a row evaluates, and the result.
-    """
-    draws, history, drawn = iter(noises), [], []
-    if plan.first.z:
-        drawn.insert(0, next(draws))
-
-    def total(w, base):
-        terms = itertools.chain(zip(w.h, history, strict=False), zip(w.z, drawn, strict=False))
-        return w.x * base + sum((weight * v for weight, v in terms if weight != 0.0), np.zeros_like(base))
-
-    base = total(plan.first, np.asarray(start, np.float64))
-    y, points = base, []
-    for row in plan.rows:
-        points.append(y)
-        d = denoise(y, row.alpha, row.sigma) if row.calls else np.zeros_like(y)
-        for p, q in row.store:
-            history.insert(0, p * y + q * d)
-        if row.draw is not None:
-            drawn.insert(0, next(draws))
-        y, base = total(row.next, base), total(row.base, base)
-    return [*points, y]
+    """Every point that a row evaluates, and the result: the reference executor, its denoiser called as `(y, alpha, sigma)`."""
+    return reference.run(plan, lambda y, row: denoise(y, row.alpha, row.sigma), start, noises)
 
 
 def result(plan, denoise, start, noises=()):

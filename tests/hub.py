@@ -62,17 +62,31 @@ def ddpm(folder: Path, model: Any = None, **scheduler: Any) -> Path:
     return folder
 
 
-def clip(folder: Path) -> tuple[Any, Any]:
-    """A text encoder of CLIP's class, 16 features wide, and a tokenizer that knows letters and a few words."""
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    tokens = [*letters, *(f"{c}</w>" for c in letters), "ca", "cat</w>", "<|startoftext|>", "<|endoftext|>"]
+
+def clip(kind: str = "CLIPTextModel") -> tuple[Any, Any]:
+    """A text encoder of a class of CLIP's, 16 features wide, and a tokenizer that knows letters and a few words."""
+    import transformers
+
+    tokens = [*LETTERS, *(f"{c}</w>" for c in LETTERS), "ca", "cat</w>", "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    tokenizer = CLIPTokenizer(vocabulary, [("c", "a"), ("ca", "t</w>")], model_max_length=8)
-    config = CLIPTextConfig(
+    tokenizer = transformers.CLIPTokenizer(vocabulary, [("c", "a"), ("ca", "t</w>")], model_max_length=8)
+    config = transformers.CLIPTextConfig(
         vocab_size=len(tokens), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=8, bos_token_id=len(tokens) - 2, eos_token_id=len(tokens) - 1, pad_token_id=len(tokens) - 1,
+        projection_dim=16, max_position_embeddings=8,
+        bos_token_id=len(tokens) - 2, eos_token_id=len(tokens) - 1, pad_token_id=len(tokens) - 1,
     )  # fmt: skip
+    torch.manual_seed(len(kind))
+    return getattr(transformers, kind)(config).eval(), tokenizer
+
+
+def t5(width: int = 16) -> tuple[Any, Any]:
+    """A text encoder of T5's class and a tokenizer that knows letters."""
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0), *((c, -3.0) for c in LETTERS)]
+    tokenizer = T5Tokenizer(pieces, extra_ids=0, model_max_length=512)
+    config = T5Config(vocab_size=len(pieces), d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     torch.manual_seed(0)
-    return CLIPTextModel(config).eval(), tokenizer
+    return T5EncoderModel(config).eval(), tokenizer

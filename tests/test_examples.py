@@ -7,12 +7,13 @@ import diffusers
 import hub
 import peer_networks
 import pytest
+import tiny
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from safetensors.torch import save_file
 
 FOLDER = Path(__file__).parent / "examples"
-SEATS = {"accelerate_pipeline", "comfyui_node", "diffusers_scheduler"}  # run in tests/compat
+SEATS = {"a1111_script", "accelerate_pipeline", "comfyui_node", "diffusers_scheduler"}  # run in tests/compat
 
 
 def example(name):
@@ -22,6 +23,10 @@ def example(name):
 def images(x, shape):
     assert x.shape == shape and x.isfinite().all() and x.min() >= 0 and x.max() <= 1
     assert x.flatten(1).std(dim=1).min() > 0
+
+
+def test_fastdiff_model(tmp_path):
+    images(example("fastdiff_model")(tiny.checkpoint(tmp_path / "own.safetensors")), (4, 1, 8, 8))
 
 
 def test_diffusers_pipeline(tmp_path):
@@ -37,7 +42,7 @@ def test_class_labels(tmp_path):
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_text_to_image(tmp_path):
-    text, tokenizer = hub.clip(tmp_path)
+    text, tokenizer = hub.clip()
     parts = hub.make("AutoencoderKL", **hub.KL), text, tokenizer, hub.make("UNet2DConditionModel", **hub.TEXT_UNET)
     scheduler = DDIMScheduler(**hub.VPS, clip_sample=False, steps_offset=1)
     pipe = diffusers.StableDiffusionPipeline(*parts, scheduler, None, None, requires_safety_checker=False)
@@ -64,6 +69,23 @@ def test_edm(tmp_path):
     weights = {f"model.{k}": v for k, v in peer_networks.weights(case["weights"]).items()}
     save_file(weights, tmp_path / "edm.safetensors")
     images(example("edm")(tmp_path / "edm.safetensors"), (2, 3, 8, 8))
+
+
+def test_k_diffusion(tmp_path):
+    pytest.importorskip("k_diffusion.config", reason="k-diffusion is not installed", exc_type=ImportError)
+    from checkpoints import test_kdiffusion
+
+    config = test_kdiffusion.CONFIGS["transformer of classes"]
+    model, _ = test_kdiffusion.made(config)
+    images(example("k_diffusion")(test_kdiffusion.saved(tmp_path, model, config)), (2, 3, 8, 8))
+
+
+def test_onnx_network(tmp_path):
+    from checkpoints import test_onnx
+
+    path = test_onnx.saved(tmp_path, test_onnx.PLAIN)
+    path.with_suffix(".json").unlink()  # the example says it all
+    images(example("onnx_network")(path), (2, 2, 4, 4))
 
 
 def test_any_network():

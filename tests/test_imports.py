@@ -16,13 +16,16 @@ HEAVY = ("triton", "onnx", "onnxruntime", "diffusers", "matplotlib", "PIL", "skl
 
 # From the bottom up: a part imports its own layer and those above it in this list. A new part goes where it belongs.
 LAYERS = [
-    {"errors"}, {"files"}, {"shipped"}, {"schedule"}, {"prediction", "grid", "coeffs"},
-    {"plans"}, {"solvers"}, {"kernels"}, {"ops"},
-    {"noise", "denoiser"}, {"guide", "sampling", "brownian", "pairs"}, {"adaptive", "models", "graph", "patching"},
+    {"errors"}, {"files", "parallel", "resume", "philox"}, {"shipped", "streaming"}, {"schedule"},
+    {"prediction", "grid", "coeffs"},
+    {"plans", "program"}, {"solvers", "reference"}, {"kernels"}, {"ops"},
+    {"noise", "denoiser"}, {"fused"}, {"guide", "sampling", "brownian", "pairs"},
+    {"adaptive", "models", "compiled", "graph", "patching"},
     {"checkpoints"},
     {"metrics"}, {"training", "tasks", "compat"}, {"bench"}, {"distill", "tuning"}, {"export"}, {"cli"}, {"__main__"},
 ]  # fmt: skip
 RANK = {part: i for i, layer in enumerate(LAYERS) for part in layer}
+NO_TORCH = ("coeffs", "grid", "plans", "program", "reference", "solvers")
 UPWARD = {("checkpoints.onnx", "export")}  # an exported engine is a checkpoint too; imported lazily
 
 
@@ -73,7 +76,7 @@ def test_imports_point_down(name):
         assert "" not in set(inside(name)), f"{name} imports the package's own face"
 
 
-@pytest.mark.parametrize("name", [n for n in TREES if n.split(".")[0] in ("coeffs", "grid", "plans", "solvers")])
+@pytest.mark.parametrize("name", [n for n in TREES if n.split(".")[0] in NO_TORCH])
 def test_plans_and_solvers_are_free_of_torch(name):
     assert not [t for t in imports(name) if t.split(".")[0] == "torch"]
 

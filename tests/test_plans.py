@@ -251,21 +251,16 @@ def execute(plan, denoise, start, noises=()):
     def total(terms):
         return sum(w * registers[r] for r, w in terms)
 
-    x = plan.first.x * np.asarray(start)
-    if plan.first.z:
-        z = next(draws)
-        x = x + plan.first.z[0] * z
-        if plan.first_noise is not None:
-            registers[plan.first_noise] = z
-    y = registers[0] = x
-    for row, step in zip(plan.rows, plan.program, strict=True):
+    y = registers[0] = np.asarray(start)
+    assert len(plan.program.steps) == len(plan.rows)
+    for step in plan.program.all:
         d = denoise(y, *level[step.t]) if step.call else nan
+        for r in step.keeps:
+            registers[r] = d
         for r, p, q in step.stores:
-            registers[r] = (p * y if p else 0.0) + (q * d if q else 0.0)
-        if row.draw is not None:
-            z = next(draws)
-            if step.draw is not None:
-                registers[step.draw] = z
+            registers[r] = (0.0 if p is None else p * y) + (0.0 if q is None else q * d)
+        if step.draw is not None:
+            registers[step.draw] = next(draws)
         y = total(step.next)
         base = y if step.base is None else total(step.base) if step.base else registers[0]
         registers[0] = base

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import weakref
 
+import every
 import numpy as np
 import pytest
 import tiny
@@ -12,6 +13,7 @@ from analytic import BIMODAL, interpret
 
 import fastdiff as fd
 from fastdiff.errors import FastdiffError, NonFiniteError
+from fastdiff.noise import stacked
 from fastdiff.sampling import run
 
 SCHEDULE = fd.schedule.vp_cosine()
@@ -186,21 +188,21 @@ class Device(torch.Tensor):
         return super().__torch_function__(func, types, args, kwargs or {})
 
 
-@plans
-def test_the_loop_never_waits_for_the_device(name, options):
-    plan, calls = make(name, options), 0
-    den = fd.Denoiser(lambda x, t: torch.tanh(x) * t.view(-1, 1, 1, 1), SCHEDULE, "v", shape=SHAPE)
-    noises = torch.randn(plan.draws + 1, 2, *SHAPE, generator=torch.Generator().manual_seed(0))
+@every.every
+def test_the_loop_never_waits_for_the_device(case):
+    """The prediction's conversion included."""
+    plan, den, calls = every.make(case), every.denoiser(), 0
+    start, noises = every.given(plan, torch.float32)
 
     def source(draw, shape, device):
         nonlocal calls
         calls += 1
-        return noises[draw].as_subclass(Device)
+        return noises[draw - 1].as_subclass(Device)
 
-    out = run(den, plan, noises[0].as_subclass(Device), source, callback=lambda i, y: None)
+    with every.NoReads():
+        out = run(den, plan, start.as_subclass(Device), source, callback=lambda i, y: None)
     assert isinstance(out, Device) and calls == plan.draws
-    plain = run(den, plan, noises[0], fd.noise.recorded(noises))
-    assert torch.equal(out.as_subclass(torch.Tensor), plain)
+    assert torch.equal(out.as_subclass(torch.Tensor), run(den, plan, start, stacked(noises)))
 
 
 def test_the_guard_itself_works():
@@ -208,6 +210,11 @@ def test_the_guard_itself_works():
     for read in (bool, float, lambda v: v.sum().item(), lambda v: v.cpu(), lambda v: v.tolist(), lambda v: v[0] > 0 or None):
         with pytest.raises(AssertionError, match="reads a tensor's value"):
             read(x[:1]) if read is not bool else bool(x[0])
+    y, w = torch.ones(2), torch.tensor(0.5)
+    hidden = (lambda: y.add_(y, alpha=w), lambda: y.new_full((2,), w), lambda: y[y > 0], lambda: y * torch.tensor(2.0), y[0].item)
+    for read in hidden:  # inside torch, where no method of the tensor is asked
+        with pytest.raises(AssertionError, match="reads a tensor's value"), every.NoReads():
+            read()
 
 
 @plans

@@ -13,7 +13,7 @@ from ..denoiser import Denoiser
 from ..errors import CheckpointError, FastdiffError
 from ..plans import Plan
 from ..shipped import HASHES, SHIPPED, shipped_path
-from . import adm, diffusers, edm, ldm, native, onnx
+from . import adm, diffusers, edm, kdiffusion, ldm, native, onnx
 from .adm import load_classifier
 from .options import Options
 from .weights import CONVERT, Weights, listed, read
@@ -50,6 +50,7 @@ FILES = (
     FileFormat("fastdiff's own", native.recognise, native.from_weights),
     FileFormat("EDM", edm.recognise, edm.from_weights),
     FileFormat("Stable Diffusion in one file", ldm.recognise, ldm.from_weights),
+    FileFormat("k-diffusion", kdiffusion.recognise, kdiffusion.from_weights),
     FileFormat("guided-diffusion", adm.recognise, adm.from_weights),
 )
 
@@ -63,9 +64,9 @@ def load(
 ) -> Denoiser:
     """The denoiser of a checkpoint: a file, a folder, or a shipped model by its name.
 
-    Read are fastdiff's own .safetensors and runs, exported engines, diffusers pipelines and models, and the files of other
-    trainers that the README lists. No code of a file is run. Weights are memory-mapped: replace a loaded file by another
-    (rename, as fastdiff itself does), never write into it.
+    Read are fastdiff's own .safetensors and runs, exported engines, bare .onnx networks, diffusers pipelines and models, and
+    the files of other trainers that the README lists. No code of a file is run. Weights are memory-mapped: replace a loaded
+    file by another (rename, as fastdiff itself does), never write into it.
 
     Args:
         shape: (C, H, W) of one sample, where the checkpoint does not say it or another is wanted.
@@ -100,8 +101,10 @@ def _load_path(path: Path, options: Options) -> Denoiser:
 def _load_file(path: Path, options: Options) -> Denoiser:
     if path.suffix == ".pkl":
         raise CheckpointError(f"{path} is a pickle, which can run code, and is not opened; {CONVERT}")
+    if path.suffix == ".onnx":
+        return onnx.from_file(path, options)
     if path.suffix not in SUFFIXES:
-        raise CheckpointError(f"{path} is no {', '.join(SUFFIXES)} file: its layout is not known")
+        raise CheckpointError(f"{path} is no {', '.join((*SUFFIXES, '.onnx'))} file: its layout is not known")
     weights = read(path)
     for layout in FILES:
         if layout.recognise(weights):

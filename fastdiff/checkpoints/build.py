@@ -13,6 +13,7 @@ from torch.nn.modules import module as torch_module
 from torch.overrides import TorchFunctionMode
 
 from ..errors import CheckpointError, FastdiffError
+from . import mapped
 from .weights import listed
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -122,8 +123,16 @@ def fit(module: nn.Module, tensors: Mapping[str, Tensor], where: str | Path, dty
     if any(kinds.values()):
         found = "; ".join(f"{len(names)} {kind} ({listed(names)})" for kind, names in kinds.items() if names)
         raise CheckpointError(f"{where}: its weights and its description disagree: {found}")
-    ready = {k: v.to(dtype) if dtype is not None and v.is_floating_point() else v for k, v in tensors.items()}
-    module.load_state_dict(ready, assign=True)
+    files = mapped.ranges()
+    module.load_state_dict({k: _brought(v, dtype, files) for k, v in tensors.items()}, assign=True)
+
+
+def _brought(value: Tensor, dtype: torch.dtype | None, files: mapped.Ranges) -> Tensor:
+    if dtype is None or value.dtype == dtype or not value.is_floating_point():
+        return value
+    copy = value.to(dtype)
+    mapped.release(value, files)
+    return copy
 
 
 def _same_kind(given: torch.dtype, wanted: torch.dtype) -> bool:

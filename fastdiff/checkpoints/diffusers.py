@@ -17,7 +17,7 @@ from .build import build
 from .diffusers_networks import FAMILIES, Decoder
 from .options import Options, needed
 from .process import from_scheduler
-from .weights import Weights, listed, read, read_json
+from .weights import Weights, check_values, listed, read, read_json
 
 INDEX, CONFIG, SCHEDULER = "model_index.json", "config.json", "scheduler_config.json"
 AUTOENCODERS = ("AutoencoderKL", "VQModel", "AutoencoderTiny")
@@ -26,7 +26,6 @@ LEGACY_NORMS = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "Pi
 DENOISERS = (*FAMILIES, LEGACY)
 STEM = "diffusion_pytorch_model"
 UNSET: tuple[Any, ...] = (None, False, "", "default", [], {})  # values by which a setting unknown here changes nothing
-LARGEST_NUMBER = 1_000_000  # in a configuration: sizes and counts; the largest in use are vocabularies of 250,000
 
 
 def recognise(path: Path) -> bool:
@@ -60,7 +59,7 @@ def load(folder: Path, options: Options) -> Denoiser:
     names = index.get("id2label")
     denoiser.info = {
         "format": f"diffusers {index.get('_class_name') or config['_class_name']}", "network": dict(config),
-        "class_names": _class_names(names) if isinstance(names, dict) else None,
+        "class_names": _class_names(names) if isinstance(names, dict) else None, "variance": process.variance,
     }  # fmt: skip
     if whole and (autoencoder := _component(folder, index, AUTOENCODERS)) is not None:
         denoiser.decoder = _decoder(autoencoder, options.dtype)
@@ -101,24 +100,13 @@ def _config(place: Path, classes: Sequence[str]) -> dict[str, Any]:
     name = config.get("_class_name")
     if name not in classes:
         raise CheckpointError(f"{place / CONFIG}: class {str(name)[:60]!r} is not read here; {', '.join(classes)} are")
-    _check_values(config, place / CONFIG)
+    check_values(config, place / CONFIG)
     if name == LEGACY:
         if (kind := config.get("norm_type")) not in LEGACY_NORMS:
             known = ", ".join(LEGACY_NORMS)
             raise CheckpointError(f"{place / CONFIG}: a {LEGACY} with norm_type {str(kind)[:60]!r} is not read; {known} are")
         config["_class_name"] = LEGACY_NORMS[kind]
     return config
-
-
-def _check_values(value: Any, where: Path, name: str = "") -> None:
-    """Refuses sizes that no network has, before a class computes a table of that size."""
-    if isinstance(value, dict | list):
-        if len(value) > 10_000:
-            raise CheckpointError(f"{where}: {name[:60]} has {len(value):,} entries")
-        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            _check_values(inner, where, str(key) if isinstance(value, dict) else name)
-    elif isinstance(value, int | float) and not abs(value) <= LARGEST_NUMBER:
-        raise CheckpointError(f"{where}: {name[:60]} = {value} is beyond any network's size")
 
 
 def _scheduler(folder: Path) -> tuple[dict[str, Any], Path]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
 
-from ..denoiser import Denoiser
+from ..denoiser import Denoiser, Network
 from ..errors import CheckpointError, FastdiffError
 from ..files import atomic
 from ..models import UNet, UNetConfig
@@ -21,6 +21,7 @@ from .options import Options
 from .weights import Weights, read
 
 FORMAT = 1
+T = TypeVar("T")
 METADATA = "fastdiff"  # the description's name in the file's metadata
 
 
@@ -64,9 +65,22 @@ def from_weights(weights: Weights, options: Options) -> Denoiser:
 
 def describe(path: Path, description: dict[str, Any], network: Callable[[UNetConfig], torch.nn.Module]) -> Denoiser:
     """The denoiser that a description tells of, around the network made from its configuration."""
-    try:
+
+    def make() -> Denoiser:
         made = network(UNetConfig(**description["network"]))
         return assemble(made, from_config(description["schedule"]), description)
+
+    return guarded(path, make)
+
+
+def guarded(path: Path, make: Callable[[], T]) -> T:
+    """What `make` makes of a stranger's description; whatever it stumbles over becomes one line.
+
+    Raises:
+        CheckpointError: the description lacks something, or holds a value of another kind.
+    """
+    try:
+        return make()
     except CheckpointError:
         raise
     except KeyError as e:
@@ -76,14 +90,14 @@ def describe(path: Path, description: dict[str, Any], network: Callable[[UNetCon
         raise CheckpointError(f"{path}: its weights and its description disagree: {why}") from e
 
 
-def assemble(network: torch.nn.Module, schedule: Any, description: dict[str, Any]) -> Denoiser:
+def assemble(network: Network, schedule: Any, description: dict[str, Any]) -> Denoiser:
     """The denoiser around a network, as a description says."""
     scale = description.get("time_scale")
     if not (scale is None or isinstance(scale, int | float)):
         raise FastdiffError(f"time_scale must be a number or null; given {scale!r}")
-    config = getattr(network, "config", None)
-    if config is not None and config.in_channels != description["shape"][0]:
-        raise FastdiffError(f"shape {description['shape']} has not the network's {config.in_channels} channels")
+    channels = getattr(getattr(network, "config", None), "in_channels", None)
+    if channels not in (None, description["shape"][0]):
+        raise FastdiffError(f"shape {description['shape']} has not the network's {channels} channels")
     denoiser = Denoiser(
         network,
         schedule,

@@ -1,7 +1,8 @@
-"""An exported engine's network.onnx as a Denoiser, run by ONNX Runtime: so every command that takes a checkpoint runs engines."""
+"""ONNX files as checkpoints, run by ONNX Runtime: an exported engine's folder, and a network alone in a bare `.onnx`."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,10 +12,16 @@ from torch import Tensor
 
 from ..denoiser import Denoiser
 from ..errors import CheckpointError
+from ..files import sha256
 from ..schedule import from_config
+from . import native
+from .onnx_network import OnnxNetwork
 from .options import Options
+from .weights import listed
 
 ENGINE = "manifest.json"  # what makes a folder an exported engine
+SETTINGS = ("schedule", "prediction", "time_scale", "data_range", "shape", "inputs", "num_classes", "null_class", "class_names")
+EXAMPLE = '{"schedule": "vp_linear", "prediction": "eps", "time_scale": 999}'
 
 
 class _Session:
@@ -77,3 +84,50 @@ def load(folder: Path, options: Options) -> EngineDenoiser:
         raise CheckpointError(f"{folder}: its manifest describes no denoiser ({type(e).__name__} {e}); export it again") from e
     denoiser.engine, denoiser.names = engine, tuple(n for n in engine.inputs if n not in ("x", "t"))
     return denoiser
+
+
+def from_file(path: Path, options: Options) -> Denoiser:
+    """The denoiser of a network in one `.onnx`: schedule and prediction come from `config` or the JSON beside it.
+
+    Raises:
+        CheckpointError: nothing said of schedule or prediction, or something unknown; a graph whose inputs cannot be told apart.
+        FastdiffError: onnxruntime is missing, or cannot open the file.
+    """
+    from ..export.runtime import session
+
+    said = options.described(path)
+    if unknown := sorted(set(said) - set(SETTINGS)):
+        raise CheckpointError(f"{path}: settings {listed(unknown)} are not known here; {', '.join(SETTINGS)} are")
+    if missing := [name for name in ("schedule", "prediction") if name not in said]:
+        raise CheckpointError(
+            f"{path} does not say its {' and '.join(missing)}: put them into {path.with_suffix('.json').name}, such as {EXAMPLE}"
+        )
+    opened, provider = session(path)
+    network = native.guarded(path, lambda: _network(opened, said))
+    schedule = {"name": said["schedule"]} if isinstance(said["schedule"], str) else said["schedule"]
+    shape = _shape(network.shape, options.shape or said.get("shape"), path)
+    description = {"data_range": [-1, 1], **said, "shape": shape, "schedule": schedule}
+    denoiser = native.guarded(path, lambda: native.assemble(network, from_config(schedule), description))
+    denoiser.hash = sha256(path)
+    denoiser.info = {**description, "format": "ONNX", "engine": provider}
+    return denoiser
+
+
+def _shape(declared: Sequence[int | str], asked: Any, path: Path) -> list[int]:
+    """One sample's shape: the graph's own, or the one asked for where the graph leaves it open."""
+    shape, sides = declared if asked is None else asked, ", ".join(map(str, declared))
+    if not isinstance(shape, list | tuple) or not all(isinstance(side, int) for side in shape):
+        raise CheckpointError(f'{path} takes samples of {sides}: say which in numbers (shape=, or "shape" in its JSON)')
+    if len(shape) != len(declared) or any(isinstance(side, int) and side != n for side, n in zip(declared, shape, strict=True)):
+        raise CheckpointError(f"{path} takes samples of {sides}; asked for shape {', '.join(map(str, shape))[:120]}")
+    return list(shape)
+
+
+def _network(session: Any, said: Mapping[str, Any]) -> OnnxNetwork:
+    network = OnnxNetwork(session, said.get("inputs") or {})
+    classes = said.get("num_classes")
+    if not (classes is None or (isinstance(classes, int) and classes > 0)):
+        raise CheckpointError(f"num_classes must be a positive whole number, the null class counted; given {str(classes)[:60]!r}")
+    network.config.num_classes = classes
+    network.null_label = classes - 1 if classes and said.get("null_class") else None
+    return network

@@ -28,10 +28,10 @@ class Options:
         return {**(read_json(beside) if beside.is_file() else {}), **self.config}
 
 
-def needed(package: str, what: str) -> None:
+def needed(package: str, what: str, install: str = "fastdiff[diffusers]") -> None:
     """
     Raises:
         CheckpointError: an optional package is missing; the line says how to install it.
     """
     if find_spec(package) is None:
-        raise CheckpointError(f"{what} need the {package} package: pip install 'fastdiff[diffusers]'")
+        raise CheckpointError(f"{what} need the {package} package: pip install '{install}'")

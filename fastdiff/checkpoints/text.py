@@ -30,7 +30,7 @@ def encoder(folder: Path, index: dict[str, Any], denoiser: Denoiser) -> Callable
     name = str(index.get("_class_name"))
     if name not in PIPELINES or not any(key.startswith("text_encoder") and entry[0] for key, entry in index.items()):
         return None
-    pipeline = functools.cache(lambda: _pipeline(folder, name, index))
+    pipeline = functools.cache(lambda: _pipeline(folder, name, index, denoiser))
 
     @functools.lru_cache(maxsize=8)  # a command asks for the same prompt batch after batch
     @torch.no_grad()
@@ -40,8 +40,8 @@ def encoder(folder: Path, index: dict[str, Any], denoiser: Denoiser) -> Callable
     return lambda prompts: encoded((prompts,) if isinstance(prompts, str) else tuple(prompts))
 
 
-def _pipeline(folder: Path, name: str, index: dict[str, Any]) -> Any:
-    """The pipeline with its tokenizers and text encoders alone."""
+def _pipeline(folder: Path, name: str, index: dict[str, Any], denoiser: Denoiser) -> Any:
+    """The pipeline with its tokenizers, its text encoders, and its network, whose sizes some encodings ask for."""
     import inspect
 
     needed("transformers", "text encoders")
@@ -52,6 +52,8 @@ def _pipeline(folder: Path, name: str, index: dict[str, Any]) -> Any:
     for key, entry in index.items():
         if key in parts and not isinstance(entry, list):
             parts[key] = entry
+        elif key in ("unet", "transformer") and key in parts:
+            parts[key] = denoiser.network.model  # type: ignore[attr-defined]
         elif key.startswith(("tokenizer", "text_encoder")) and key in parts and entry[1] is not None:
             parts[key] = _part(folder / key, str(entry[1]))
     parts |= {"requires_safety_checker": False} if "requires_safety_checker" in parts else {}
@@ -120,4 +122,5 @@ PIPELINES: dict[str, Callable[[Any, list[str], Denoiser], Conditions]] = {
     "StableDiffusion3Pipeline": _sd3,
     "FluxPipeline": _flux,
     "PixArtAlphaPipeline": _pixart,
+    "PixArtSigmaPipeline": _pixart,
 }

@@ -27,6 +27,7 @@ from ..files import sha256
 LARGEST_JSON = 16 << 20  # bytes: the index of the largest sharded model known has 0.2 MB
 LARGEST_PICKLE = 64 << 20  # bytes of structure (names, shapes) inside a torch file; Stable Diffusion's has 0.4 MB
 ZIP, BEFORE_ZIP = b"PK\x03\x04", b"\x80\x02"  # how torch's files begin: since 1.6, and before (pickles and raw storages)
+LARGEST_NUMBER = 1_000_000  # in a configuration: sizes and counts; the largest in use are vocabularies of 250,000
 MOST_TENSORS = 100_000
 CONVERT = "`fastdiff convert FILE --trust-pickle` reads it in a process of its own, if you trust where it comes from"
 
@@ -74,6 +75,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
+def check_values(value: Any, where: Path, name: str = "") -> None:
+    """Refuses sizes that no network has, before a class computes a table of that size."""
+    if isinstance(value, dict | list):
+        if len(value) > 10_000:
+            raise CheckpointError(f"{where}: {name[:60]} has {len(value):,} entries")
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            check_values(inner, where, str(key) if isinstance(value, dict) else name)
+    elif isinstance(value, int | float) and not abs(value) <= LARGEST_NUMBER:
+        raise CheckpointError(f"{where}: {name[:60]} = {value} is beyond any network's size")
+
+
 def read(path: Path) -> Weights:
     """The weights of a .safetensors file, a torch file, or an index of shards (`*.index.json`).
 
@@ -82,7 +94,7 @@ def read(path: Path) -> Weights:
     """
     if path.name.endswith(".index.json"):
         return _read_shards(path)
-    tensors, metadata = _read_safetensors(path) if path.suffix == ".safetensors" else (_read_torch(path), {})
+    tensors, metadata = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     if len(tensors) > MOST_TENSORS:
         raise CheckpointError(f"{path} holds {len(tensors):,} tensors; at most {MOST_TENSORS:,} are read")
     for name, t in tensors.items():
@@ -99,8 +111,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(f"{path} is not a readable safetensors file (truncated or damaged?): {why}") from e
 
 
-def _read_torch(path: Path) -> dict[str, Tensor]:
-    """What torch.save wrote, by torch's loader that knows tensors and containers only."""
+def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What torch.save wrote, by torch's loader that knows tensors and containers only; k-diffusion's has its "config" beside."""
     zipped = _check_container(path)
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped or None)
@@ -112,7 +124,12 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
             OverflowError, RecursionError, MemoryError, struct.error) as e:  # fmt: skip
         why = " ".join(str(e).split())[:200]
         raise CheckpointError(f"{path} is not a readable torch file (truncated or damaged?): {why}") from e
-    return _flat(path, found)
+    config = found.get("config") if isinstance(found, Mapping) else None
+    try:
+        metadata = {"config": json.dumps(config)} if isinstance(config, dict) else {}
+    except (TypeError, ValueError, RecursionError):  # another program's, which nothing here reads
+        metadata = {}
+    return _flat(path, found), metadata
 
 
 def _check_container(path: Path) -> bool:

@@ -15,9 +15,10 @@ def say(line: str) -> None:
     console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
-def progress_bar() -> Progress:
-    """A bar with count, elapsed and remaining time; the task's description is its live figure. Silent in a log."""
+def progress_bar(shown: bool = True) -> Progress:
+    """A bar with count, elapsed and remaining time; the task's description is its live figure. Silent in a log, and where one of
+    several processes shows it for all."""
     return Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-        console=errors, disable=not errors.is_terminal,
+        console=errors, disable=not (shown and errors.is_terminal),
     )  # fmt: skip

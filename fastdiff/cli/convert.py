@@ -42,6 +42,7 @@ def convert(
                 why = (done.stderr.strip().splitlines() or ["it ended without a word"])[-1][:300]
                 raise CheckpointError(f"{file} could not be unpickled: {why}")
         else:
-            copies = {k: t.clone().contiguous() for k, t in read(file).tensors.items()}
-            save_file(copies, temporary, metadata={"converted_from": file.name})
+            weights = read(file)
+            copies = {k: t.clone().contiguous() for k, t in weights.tensors.items()}
+            save_file(copies, temporary, metadata={**weights.metadata, "converted_from": file.name})
     say(f"{file} -> {out}")

@@ -83,7 +83,7 @@ def follow(run: Distiller, view: View | None, save_every: float) -> None:
     total = sum(stage.updates for stage in run.stages)
     if run.world.first and (run.stage or run.update):
         say(f"resuming {run.out} at stage {run.stage + 1} of {len(run.stages)}, update {run.update}")
-    with progress_bar() as bar, interrupts() as interrupted:
+    with progress_bar(run.world.first) as bar, interrupts() as interrupted:
         task = bar.add_task("distill", total=total)
 
         def show(p: Progress) -> None:
@@ -92,7 +92,7 @@ def follow(run: Distiller, view: View | None, save_every: float) -> None:
             if view is not None and (line := view.look(p, done)):
                 say(line)
             bar.update(task, completed=done, description=what)
-            if interrupted():
+            if run.world.any(interrupted()):
                 raise KeyboardInterrupt
 
         run.run(show, save_every)

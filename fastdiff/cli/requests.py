@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import FastdiffError
+from ..streaming import Request
 
 if TYPE_CHECKING:
     import torch
 
     from ..denoiser import Denoiser
 
-MOST = 100_000  # all images of a run are held in memory, and a range is easily mistyped
-
-
-@dataclass(frozen=True)
-class Request:
-    """One picture: its seed, its class or None, and the file it goes to, which depends on these two alone."""
-
-    seed: int
-    label: int | None
-    file_name: str
+MOST = 100_000  # all images of a sheet are held in memory, and a range is easily mistyped; -n streams any number
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -41,7 +33,7 @@ def parse_seeds(text: str) -> list[int]:
         if last < first or last >= 2**64:
             raise FastdiffError(f"--seeds ranges rise, within 0 to 2^64 - 1; given {part.strip()!r}")
         if len(out) + last - first >= MOST:
-            raise FastdiffError(f"--seeds asks for more than {MOST} samples; run several smaller ranges")
+            raise FastdiffError(f"--seeds asks for more than {MOST} samples; run smaller ranges, or `fastdiff sample -n`")
         out += range(first, last + 1)
     return _once(out, "--seeds")
 
@@ -103,15 +95,19 @@ def parse_classes(text: str | None, names: tuple[str, ...]) -> list[int] | None:
 
 def requests(seeds: list[int], classes: list[int] | None, names: tuple[str, ...]) -> list[Request]:
     """Every seed in every class named, class by class; without --classes, seed s in class s mod their number."""
-    if not names:
-        pairs: list[tuple[int, int | None]] = [(seed, None) for seed in seeds]
-    elif classes is None:
-        pairs = [(seed, seed % len(names)) for seed in seeds]
-    else:
-        pairs = [(seed, label) for label in classes for seed in seeds]
+    if classes is None or not names:
+        return in_turn(seeds, None, names)
+    pairs = [(seed, label) for label in classes for seed in seeds]
     if len(pairs) > MOST:
         raise FastdiffError(f"--seeds and --classes ask for {len(pairs)} samples; at most {MOST}: run smaller parts")
     return [Request(seed, label, _file_name(seed, label, names)) for seed, label in pairs]
+
+
+def in_turn(seeds: Sequence[int], classes: list[int] | None, names: tuple[str, ...]) -> list[Request]:
+    """Every seed once: seed s in class s mod their number, of those named or of all."""
+    turn = classes or list(range(len(names)))
+    labels = [turn[seed % len(turn)] if turn else None for seed in seeds]
+    return [Request(seed, label, _file_name(seed, label, names)) for seed, label in zip(seeds, labels, strict=True)]
 
 
 def _file_name(seed: int, label: int | None, names: tuple[str, ...]) -> str:

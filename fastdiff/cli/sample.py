@@ -1,35 +1,30 @@
-"""`fastdiff sample`: images from a checkpoint, one PNG each and all of them on one sheet."""
+"""`fastdiff sample`: images from a checkpoint, as a sheet of pictures, or streamed to a folder in any number."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import FastdiffError
+from ..parallel import World, join
+from ..streaming import Batches, Layout, Npz, Pictures, Request, Stream, Work
 from .console import CHECKPOINT_HELP, progress_bar, say
-from .pictures import check_folder, import_pillow, write_pictures
-from .requests import Request, check_device, class_names, parse_classes, parse_seeds, prompted, requests
+from .methods import Maker, by_adaptive_steps, by_plan
+from .pictures import check_folder, import_pillow, png, write_pictures
+from .requests import check_device, class_names, in_turn, parse_classes, parse_seeds, prompted, requests
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ..denoiser import Denoiser
     from ..plans import Plan
 
 SOLVER, NFE = "unipc-2", 10  # the solver where only a grid or an end is given
-
-
-@dataclass(frozen=True)
-class Method:
-    """How samples are made: `run` gives a batch (B, C, H, W) and each sample's network calls; `title` names it."""
-
-    title: str
-    run: Callable[[Denoiser, list[int]], tuple[Tensor, list[int]]]
+SEEDS, SHARD = "0-15", 256
+LAYOUTS: dict[str, Layout] = {"npz": Npz(), "png": Pictures(png)}
+BATCH = {"cpu": 64, "cuda": 256}  # where a batch of this size does not fit in memory, it is halved
 
 
 def sample(
@@ -39,50 +34,104 @@ def sample(
     grid: Annotated[str | None, typer.Option(help="time grid; default the solver's recommended one")] = None,
     end: Annotated[str | None, typer.Option(help="zero (clean data, default) or sigma_min")] = None,
     plan: Annotated[Path | None, typer.Option(help="a saved plan.json, instead of solver, nfe, grid and end")] = None,
-    seeds: Annotated[str, typer.Option(help="such as 0-15 or 1,2,7; the noise belongs to the seed alone")] = "0-15",
+    seeds: Annotated[str | None, typer.Option(help=f"such as 1,2,7; noise belongs to the seed alone; default {SEEDS}")] = None,
+    n: Annotated[int | None, typer.Option("-n", min=1, help="instead, stream seeds 0 to n-1 to --out; again: go on")] = None,
     classes: Annotated[
         str | None, typer.Option(help="numbers, names or all: every seed in each; default: seed mod number of classes")
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="for a text-conditioned checkpoint; guidance: against ''")] = None,
     force: Annotated[bool, typer.Option("--force", help="use a plan tuned for another checkpoint or guidance")] = False,
     guidance: Annotated[float, typer.Option(min=0, help="classifier-free guidance scale; 1 = none")] = 1.0,
-    out: Annotated[Path, typer.Option(help="folder for the pictures and grid.png")] = Path("out/samples"),
-    batch: Annotated[int, typer.Option(min=1, help="samples at once")] = 64,
-    scale: Annotated[int, typer.Option(min=1, max=64, help="enlarge every pixel to scale x scale")] = 1,
+    out: Annotated[Path, typer.Option(help="folder for the pictures")] = Path("out/samples"),
+    layout: Annotated[str | None, typer.Option("--format", help="of -n: npz (shards; default) or png (a file each)")] = None,
+    shard: Annotated[int | None, typer.Option(min=1, help=f"of -n: images held and written at once; default {SHARD}")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="samples at once: 64, GPU 256; halved if memory is short")] = None,
+    scale: Annotated[int | None, typer.Option(min=1, max=64, help="enlarge every pixel to scale x scale")] = None,
     adaptive: Annotated[bool, typer.Option("--adaptive", help="adaptive step size, each sample on its own")] = False,
     rtol: Annotated[float | None, typer.Option(help="relative tolerance of --adaptive; default 0.01")] = None,
     atol: Annotated[float | None, typer.Option(help="absolute tolerance of --adaptive; default 0.01")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default cuda where there is one")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="torch threads")] = None,
 ) -> None:
-    """Sample images: one PNG for each seed and class, and grid.png with all of them."""
+    """Sample images: one PNG for each seed and class, and grid.png with all of them; with -n any number, also under torchrun."""
     import torch
 
     from ..checkpoints import load
 
-    import_pillow()
     check_folder(out)
     if threads:
         torch.set_num_threads(threads)
-    numbers = parse_seeds(seeds)
     fixed = {"--solver": solver, "--nfe": nfe, "--grid": grid, "--end": end}
     check_together(fixed, {"--rtol": rtol, "--atol": atol}, plan, adaptive)
-    where = check_device(device)
+    check_kind(n, {"--seeds": seeds, "--scale": scale}, {"--format": layout, "--shard": shard})
+    if n is None or layout == "png":
+        import_pillow()
+    numbers = parse_seeds(SEEDS if seeds is None else seeds)
+    world = World() if n is None else join()
+    where = check_device(device or world.device)
     denoiser = prompted(load(checkpoint).to(where), prompt)
     names = class_names(denoiser, checkpoint)
-    wanted = requests(numbers, parse_classes(classes, names), names)
+    labels = parse_classes(classes, names)
     _check_network(denoiser, guidance)
-    method = _adaptive(rtol, atol) if adaptive else _fixed(chosen_plan(denoiser, plan, fixed, guidance, force))
+    method = by_adaptive_steps(rtol, atol) if adaptive else by_plan(chosen_plan(denoiser, plan, fixed, guidance, force))
+    make, size = Maker(denoiser, method, guidance), batch or BATCH.get(where.type, BATCH["cuda"])
+    if n is None:
+        columns = None if classes is None else len(numbers)
+        _draw(out, make, requests(numbers, labels, names), size, scale or 1, columns)
+    else:
+        about = {"checkpoint": denoiser.hash or checkpoint, "guidance": guidance, "prompt": prompt, "classes": labels}
+        work = Work(n, shard or SHARD, LAYOUTS[layout or "npz"], partial(in_turn, classes=labels, names=names),
+                    method.identity | about)  # fmt: skip
+        _stream(out, make, work, size, world)
+
+
+def _draw(out: Path, make: Maker, wanted: list[Request], size: int, scale: int, columns: int | None) -> None:
+    """A sheet of pictures; nothing is written before all are made."""
+    import torch
+
     began = time.perf_counter()
-    images, calls = _run(denoiser, method, wanted, batch, guidance)
+    images, calls = [], []
+    with progress_bar() as bar:
+        task = bar.add_task(make.method.title, total=len(wanted))
+        for made, each in Batches(make, size, say)(wanted):
+            images.append(made)
+            calls += each
+            bar.advance(task, len(each))
     seconds = time.perf_counter() - began
-    columns = len(numbers) if classes is not None else None
-    write_pictures(out, {r.file_name: image for r, image in zip(wanted, images, strict=True)}, scale, columns)
+    write_pictures(out, {r.file_name: image for r, image in zip(wanted, torch.cat(images), strict=True)}, scale, columns)
     mean = sum(calls) / len(calls)
     say(
-        f"{method.title}, guidance {guidance:g}: {mean:g} network calls a sample, {len(wanted)} samples "
-        f"in {seconds:.2f} s on {where} -> {out / 'grid.png'}"
+        f"{make.method.title}, guidance {make.guidance:g}: {mean:g} network calls a sample, {len(wanted)} samples "
+        f"in {seconds:.2f} s on {make.denoiser.device} -> {out / 'grid.png'}"
     )
+
+
+def _stream(out: Path, make: Maker, work: Work, size: int, world: World) -> None:
+    """Adds the images that the folder lacks; one of several processes speaks for all."""
+    began = time.perf_counter()
+    stream = Stream(out, work, world)
+    if world.first and stream.lacking < work.count:
+        say(f"{out} holds {work.count - stream.lacking} of {work.count} images already")
+    with progress_bar(world.first) as bar:
+        task = bar.add_task(make.method.title, total=stream.assigned)
+        for more in stream.run(Batches(lambda part: make(part)[0], size, say)):
+            bar.advance(task, more)
+    if world.first:
+        say(
+            f"{make.method.title}, guidance {make.guidance:g}: {stream.lacking} images made in "
+            f"{time.perf_counter() - began:.2f} s on {make.denoiser.device}, {work.count} in {out}"
+        )
+
+
+def check_kind(n: int | None, alone: dict[str, Any], many: dict[str, Any]) -> None:
+    """-n and a sheet of pictures each have options that the other would ignore; --format is a known one."""
+    given = [name for name, value in (many if n is None else alone).items() if value is not None]
+    if given and n is None:
+        raise FastdiffError(f"{', '.join(given)} only acts with -n: add it, or leave out {', '.join(given)}")
+    if given:
+        raise FastdiffError(f"-n streams seeds 0 to n - 1 as they are: leave out {', '.join(given)}, or leave out -n")
+    if n is not None and (many["--format"] or "npz") not in LAYOUTS:
+        raise FastdiffError(f"--format must be one of {', '.join(LAYOUTS)}; given {many['--format']!r}")
 
 
 def check_together(
@@ -132,60 +181,3 @@ def chosen_plan(
         str(fixed["--solver"] or SOLVER), denoiser, nfe=nfe,
         grid=None if grid is None else str(grid), end=str(fixed["--end"] or "zero"),
     )  # fmt: skip
-
-
-def _fixed(plan: Plan) -> Method:
-    from ..sampling import sample as run_plan
-
-    def run(denoiser: Denoiser, seeds: list[int]) -> tuple[Tensor, list[int]]:
-        times = [row.t for row in plan.rows if row.calls]
-        calls = sum(denoiser.calls_at(t) for t in times)
-        return run_plan(denoiser, plan, seeds=seeds), [calls] * len(seeds)
-
-    return Method(f"{plan.provenance.get('auto', plan.name)}, {plan.nfe} evaluations", run)
-
-
-def _adaptive(rtol: float | None, atol: float | None) -> Method:
-    import warnings
-
-    from ..adaptive import Control, sample_adaptive
-
-    default = Control()
-    control = Control(default.rtol if rtol is None else rtol, default.atol if atol is None else atol)
-
-    def run(denoiser: Denoiser, seeds: list[int]) -> tuple[Tensor, list[int]]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # said once, below, in the command's own words
-            found = sample_adaptive(denoiser, seeds=seeds, rtol=control.rtol, atol=control.atol)
-        if bool(found.unfinished.any()):
-            tired = [seed for seed, flag in zip(seeds, found.unfinished.tolist(), strict=True) if flag]
-            say(f"seeds {tired} reached {control.max_nfe} evaluations before the end: raise --rtol or --atol")
-        return found.x, [n * denoiser.calls for n in found.nfe.tolist()]
-
-    return Method(f"adaptive, rtol {control.rtol:g}, atol {control.atol:g}", run)
-
-
-def _run(
-    denoiser: Denoiser, method: Method, wanted: list[Request], batch: int, guidance: float
-) -> tuple[Tensor, list[int]]:
-    """All images (n, C, H, W) uint8 on the CPU, and the network calls of each; nothing is written before they are."""
-    import torch
-
-    from ..guide import cfg
-
-    images, calls = [], []
-    with progress_bar() as bar:
-        task = bar.add_task(method.title, total=len(wanted))
-        for i in range(0, len(wanted), batch):
-            part = wanted[i : i + batch]
-            bound = denoiser
-            if part[0].label is not None:
-                labels = torch.tensor([r.label for r in part], device=denoiser.device)
-                bound = denoiser.bind(class_labels=labels)
-            if guidance != 1.0:
-                bound = cfg(bound, guidance, negative=bound.unprompted)
-            x, each = method.run(bound, [r.seed for r in part])
-            images.append((denoiser.images(x) * 255).round().to("cpu", torch.uint8))
-            calls += each
-            bar.advance(task, len(part))
-    return torch.cat(images), calls

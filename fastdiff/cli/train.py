@@ -20,7 +20,7 @@ def train(
     data: Annotated[Path, typer.Option(help=".npz with x/x_train and y/y_train, or a folder of images")],
     out: Annotated[Path, typer.Option(help="run folder: model.safetensors (EMA), state.pt, loss.png")],
     steps: Annotated[int, typer.Option(min=1, help="optimiser steps in all; a resumed run may change it")] = 5000,
-    batch: Annotated[int, typer.Option(min=1)] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="images of a step, of all processes together")] = 64,
     lr: Annotated[float, typer.Option(help="peak learning rate; falls linearly to 0")] = 5e-4,
     warmup: Annotated[int, typer.Option(min=0)] = 200,
     schedule: Annotated[str, typer.Option(help='name, or JSON such as {"name": "flow", "shift": 3}')] = "vp_cosine",
@@ -43,7 +43,7 @@ def train(
     threads: Annotated[int | None, typer.Option(min=1, help="torch threads; exact resuming needs the same")] = None,
     save_every: Annotated[float, typer.Option(help="seconds between checkpoints")] = 60.0,
 ) -> None:
-    """Train a U-Net; run the same command again to go on where an interrupted run stopped."""
+    """Train a U-Net, under torchrun on several processes; the same command goes on where an interrupted run stopped."""
     import torch
 
     from ..checkpoints import load
@@ -66,11 +66,12 @@ def train(
     if start is not None:
         config = continuing(config, start)
     trainer = Trainer(config, load_images(data, size), out, start)
-    if trainer.step:
+    if trainer.step and trainer.world.first:
         say(f"resuming {out} at step {trainer.step} of {steps}")
     run(trainer, save_every)
-    plot_losses(trainer.losses, out / "loss.png")
-    say(f"{out / 'model.safetensors'}: {trainer.step} steps, {trainer.step * batch} images")
+    if trainer.world.first:
+        plot_losses(trainer.losses, out / "loss.png")
+        say(f"{out / 'model.safetensors'}: {trainer.step} steps, {trainer.step * batch} images")
 
 
 def run(trainer: Trainer, save_every: float) -> None:
@@ -78,12 +79,12 @@ def run(trainer: Trainer, save_every: float) -> None:
     from ..training.trainer import Progress
 
     steps = trainer.config.steps
-    with progress_bar() as bar, interrupts() as interrupted:
+    with progress_bar(trainer.world.first) as bar, interrupts() as interrupted:
         task = bar.add_task("train", total=steps, completed=trainer.step)
 
         def show(p: Progress) -> None:
             bar.update(task, completed=p.step, description=f"loss {p.loss:.4f}  {p.images_per_second:.0f} images/s")
-            if interrupted():
+            if trainer.world.any(interrupted()):
                 raise KeyboardInterrupt
 
         trainer.run(show, save_every)
@@ -98,5 +99,5 @@ def parse_settings(option: str, text: str) -> dict[str, Any]:
     except json.JSONDecodeError as e:
         raise FastdiffError(f"{option} takes JSON: {e}; given {text!r}") from e
     if not isinstance(found, dict):
-        raise FastdiffError(f'{option} takes a JSON object such as {{"name": value}}; given {text!r}')
+        raise FastdiffError(f'{option} takes a mapping, a JSON object such as {{"name": value}}; given {text!r}')
     return found

@@ -11,6 +11,7 @@ from ..plans import Plan
 from ..solvers.registry import FEW, FEW_CALLS, MANY_CALLS
 from .need import need_diffusers
 
+DISTILLED = ("LCMScheduler", "TCDScheduler", "CMStochasticIterativeScheduler", "FlowMatchLCMScheduler")  # no ODE to solve
 NETWORKS = ("unet", "transformer", "prior")  # what the network of a diffusion pipeline is called
 
 
@@ -42,7 +43,7 @@ def accelerate(
         nfe: evaluations of an image; one with classifier-free guidance is one, though it holds two samples.
         solver, grid: instead of the choice made here: up to 10 calls iPNDM-3 on a beta grid, else UniPC-2 uniform in time
             (benches/results/full, on the shipped pixel model); karras where the model's time is sigma; for a flow model UniPC-2
-            on the pipeline's own shifted times.
+            on the pipeline's own shifted times; where the pipeline's scheduler is for distilled networks, that.
         plan: a table tuned for this pipeline's network, instead.
         guidance: the scale that the pipeline will be called with, 1 where it has none: a plan in `plans/` of the folder that the
             pipeline was loaded from is then taken, where it was tuned for these weights, this budget and this scale.
@@ -67,8 +68,8 @@ def accelerate(
         seat = DiffusersScheduler.from_config(before.config, plan=plan)
         nfe, chosen = plan.nfe, f"plan {plan.name}"
     else:
-        kind = DiffusersScheduler.from_config(before.config, solver="ddim").seat.schedule(0.0).name
-        solver, grid = _choice(kind, nfe, solver, grid)
+        base = DiffusersScheduler.from_config(before.config, solver="ddim").seat
+        solver, grid = _choice(base.config["_class_name"], base.schedule(0.0).name, nfe, solver, grid)
         seat = DiffusersScheduler.from_config(before.config, solver=solver, grid=grid)
         chosen = f"solver {solver}, {f'grid {grid}' if grid else 'on the times that the pipeline or the solver asks for'}"
     seat.set_timesteps(nfe, mu=0.0 if before.config.get("use_dynamic_shifting") else None)  # whether it can be made at all
@@ -95,9 +96,11 @@ def _tuned(pipe: Any, nfe: int, guidance: float) -> Plan | None:
     return load(folder).tuned_plan(nfe, guidance)
 
 
-def _choice(kind: str, nfe: int, solver: str | None, grid: str | None) -> tuple[str, str | None]:
-    """Solver and grid for a schedule's family and a budget, where they are not given."""
+def _choice(own: str, kind: str, nfe: int, solver: str | None, grid: str | None) -> tuple[str, str | None]:
+    """Solver and grid for a pipeline's scheduler class, its schedule's family and a budget, where they are not given."""
+    if solver is None and own in DISTILLED:
+        return own, grid
     if solver is not None or kind == "flow":
         return solver or MANY_CALLS, grid
-    own = FEW_CALLS if nfe <= FEW else MANY_CALLS
-    return own, grid or ("karras" if kind == "edm" else "beta" if own == FEW_CALLS else "uniform_t")
+    best = FEW_CALLS if nfe <= FEW else MANY_CALLS
+    return best, grid or ("karras" if kind == "edm" else "beta" if best == FEW_CALLS else "uniform_t")

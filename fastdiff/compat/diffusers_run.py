@@ -9,9 +9,10 @@ from torch import Tensor
 
 from ..errors import FastdiffError
 from ..plans import Row
-from ..prediction import coefficients
 from .diffusers_seat import Prepared, Seat
 from .stepper import Stepper
+
+DDIM = ("DDIMScheduler", "DDIMParallelScheduler")
 
 
 class Run:
@@ -21,14 +22,11 @@ class Run:
         self.prepared = prepared
         rows = [row for row in prepared.plan.rows if row.calls]
         self.values = [seat.network_time(row.t) for row in rows]
-        whole = seat.prediction != "edm" and prepared.schedule.name != "flow" and all(v == round(v) for v in self.values)
+        whole = seat.time_scale == 1.0 and all(v == round(v) for v in self.values)
         self.timesteps = torch.tensor(self.values, dtype=torch.int64 if whole else torch.float32, device=device)
-        sigma_data = float(getattr(prepared.schedule, "sigma_data", 0.5))
         if seat.prediction == "eps" and rows[0].alpha == 0.0:
             raise FastdiffError("an epsilon model has no prediction at full noise (alpha = 0): give a grid that starts below it")
-        self.coefficients = [
-            tuple(float(c) for c in coefficients(seat.prediction, row.alpha, row.sigma, sigma_data)) for row in rows
-        ]  # fmt: skip
+        self.coefficients = [tuple(float(c) for c in seat.denoising(row.alpha, row.sigma)) for row in rows]
         self.levels = [(row.alpha, row.sigma) for row in rows]
         self.imitated = seat.solver if seat.is_class else None
         self.eta: float | None = None
@@ -37,7 +35,7 @@ class Run:
 
     def use_eta(self, eta: float | None) -> None:
         """The eta of a pipeline's call, for the classes that take theirs there; elsewhere only 0, every pipeline's default."""
-        name = {"DDIMScheduler": "eta", "TCDScheduler": "gamma"}.get(self.imitated or "")
+        name = {**dict.fromkeys(DDIM, "eta"), "TCDScheduler": "gamma"}.get(self.imitated or "")
         if name and eta is not None:
             self.prepared = self.prepared.with_options({name: float(eta)})
             self.begin(self.first)
@@ -52,8 +50,9 @@ class Run:
         # DDIMScheduler keeps the noise of the prediction before clipping: x weighs sigma'/sigma there, and with it D -alpha
         # times that, which a table has as one weight on one prediction
         rows: list[Row | None] = [None] * first + [row for row in self.stepper.plan.rows if row.calls]
-        imitated = self.imitated == "DDIMScheduler"
-        self.raw_noise = [row.alpha * row.next.x / row.next.h[0] if row else 0.0 for row in rows] if imitated else []
+        self.raw_noise = [row.alpha * row.next.x / row.next.h[0] if row else 0.0 for row in rows] if self.imitated in DDIM else []
+        # SASolverScheduler draws at every call, also where its noise has no weight: a generator would else run behind it
+        self.idle_draw = [self.imitated == "SASolverScheduler" and row is not None and row.draw is None for row in rows]
 
     @property
     def index(self) -> int:

@@ -23,6 +23,7 @@ from ..noise import from_torch
 from ..plans import Plan
 from ..solvers.names import resolve
 from .diffusers_classes import CLASSES, class_of
+from .diffusers_refused import why_not
 from .diffusers_run import Run
 from .diffusers_seat import Seat
 
@@ -82,8 +83,7 @@ class DiffusersScheduler(SchedulerMixin, ConfigMixin):
             raise FastdiffError("give plan= alone, or solver= with grid= and options")
         solver = solver if solver is not None or plan is not None else base["_class_name"]
         if solver is not None and grid is None and solver.endswith("Scheduler") and solver not in CLASSES:
-            raise FastdiffError(f"the images of {solver} are not reproduced: give a grid= to take its solver on that, or one of "
-                                f"{', '.join(sorted(CLASSES))}")  # fmt: skip
+            raise FastdiffError(why_not(solver))
         changed, own = _split(base, solver, options)
         # what a config holds by default only gives way to the defaults of another class; what is given here does not
         base |= {**changed, DEFAULTS: [k for k in base.get(DEFAULTS, ()) if k not in changed]}
@@ -163,6 +163,8 @@ class DiffusersScheduler(SchedulerMixin, ConfigMixin):
         def draw() -> Tensor:
             return from_torch(generator)(0, y.shape, y.device).to(y.dtype)
 
+        if run.idle_draw[i]:
+            draw()
         after = stepper.step(y, (d, None if v is None else v.to(y.dtype)), draw, sample.dtype)
         return SchedulerOutput(prev_sample=after, pred_original_sample=x0.to(sample.dtype)) if return_dict else (after, x0)
 
@@ -171,8 +173,9 @@ class DiffusersScheduler(SchedulerMixin, ConfigMixin):
         c = self.seat.settings
         if c.get("thresholding"):
             d = dynamic_threshold(d, c["dynamic_thresholding_ratio"], c["sample_max_value"])
-        elif c.get("clip_sample"):
-            d = d.clamp(-c["clip_sample_range"], c["clip_sample_range"])
+        elif c.get("clip_sample") or c.get("clip_denoised"):
+            most = c.get("clip_sample_range", 1.0)
+            d = d.clamp(-most, most)
         if c["_class_name"] == "LCMScheduler":
             scaled = (timestep * c["timestep_scaling"]) ** 2  # sigma_data 0.5 (Luo et al. 2023, appendix)
             d = d * math.sqrt(scaled / (scaled + 0.25)) + y * (0.25 / (scaled + 0.25))
@@ -207,10 +210,10 @@ class DiffusersScheduler(SchedulerMixin, ConfigMixin):
     def order(self) -> int:
         """Calls of a whole step: entry k of the grid is entry k * order of `timesteps`."""
         run = getattr(self._local, "run", None)
-        name = run.prepared.solver if run is not None else self.seat.solver
-        if not name or (run is None and name in CLASSES):
-            return 1
-        return resolve(name)[0].nfe_per_step
+        if run is not None:
+            return run.prepared.order
+        name = self.seat.solver
+        return 1 if not name or name in CLASSES else resolve(name)[0].nfe_per_step
 
     @property
     def num_inference_steps(self) -> int | None:
@@ -250,11 +253,10 @@ class DiffusersScheduler(SchedulerMixin, ConfigMixin):
 
     def _levels(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """(B,) float32 alpha and sigma; no value is read on the host."""
-        t = timesteps.double()
-        scale = 1.0 / self.seat.settings["num_train_timesteps"]
+        t = timesteps.double() / self.seat.time_scale
         run = getattr(self._local, "run", None)
         schedule = run.prepared.schedule if run is not None else self.seat.schedule(0.0)
-        t = t * scale if schedule.name == "flow" else torch.exp(4 * t) if self.seat.prediction == "edm" else t
+        t = torch.exp(t) if self.seat.prediction == "edm" else t
         alpha, sigma = (torch.as_tensor(v).expand_as(t).float() for v in (schedule.alpha(t), schedule.sigma(t)))
         if run is None:
             return alpha, sigma

@@ -15,10 +15,13 @@ import numpy as np
 from ..errors import FastdiffError
 from ..grid import Grid, Node, make, node_at, node_at_lam
 from ..plans import Plan
+from ..prediction import Coefficients
 from ..schedule import NoiseSchedule
 from ..solvers import plan as make_plan
+from ..solvers.info import SolverInfo
 from ..solvers.names import resolve
-from .diffusers_classes import CLASSES, is_flow, levels, make_peer, prediction_of, schedule_of
+from .diffusers_classes import CLASSES, denoising, levels, make_peer, prediction_of, schedule_of, time_scale
+from .diffusers_tables import TABLES
 
 SAME_LEVEL = 1e-3  # in log-SNR: what float32 tables of alphas leave uncertain
 
@@ -49,6 +52,8 @@ class Prepared:
         times = [row.t for row in self.plan.rows if row.calls]
         if first >= len(times):
             raise FastdiffError(f"a start at call {first} of {len(times)} leaves no steps: give a larger strength or more steps")
+        if "told" in self.options:  # its calls are the class's own list
+            return self._from_call(first)
         if self.grid is None:
             raise FastdiffError(f"plan {self.plan.name} cannot begin at call {first}, it is one whole: give solver=, not plan=")
         for i, node in enumerate(self.grid.nodes[:-1]):
@@ -63,8 +68,32 @@ class Prepared:
         )
 
 
+    def _from_call(self, first: int) -> Plan:
+        """What PNDMScheduler makes of a list that begins later: its start comes anew, at the times that are left."""
+        if self.options["runge_kutta"]:
+            raise FastdiffError(f"PNDMScheduler's Runge-Kutta start cannot begin at call {first}: give skip_prk_steps=True")
+        assert self.grid is not None
+        return build(self.solver, self.schedule, self.grid, {**self.options, "told": self.options["told"][first:]})
+
+    @property
+    def order(self) -> int:
+        """Calls of a whole step; 1 for a given plan."""
+        return known(self.solver).nfe_per_step if self.solver else 1
+
+
+def known(solver: str) -> SolverInfo:
+    """A table of a class's own, or a solver of the registry."""
+    return TABLES.get(solver) or resolve(solver)[0]
+
+
 def build(solver: str, schedule: NoiseSchedule, grid: Grid, options: dict[str, Any]) -> Plan:
     """The solver's table on a grid that is there already."""
+    if solver in TABLES:
+        takes = TABLES[solver].options
+        if refused := set(options) - set(takes):
+            raise FastdiffError(f"a class of diffusers is reproduced as it is, without {', '.join(sorted(refused))}: give a "
+                                "grid= to take its solver with options")  # fmt: skip
+        return TABLES[solver].build(schedule, grid, **options)
     return make_plan(solver, schedule, steps=grid.steps, grid=grid, end="zero" if grid.ends_clean else "sigma_min", **options)
 
 
@@ -93,7 +122,10 @@ class Seat:
     def settings(self) -> dict[str, Any]:
         """The parameters that the peer's class has, as it holds them: a config may carry those of other classes too."""
         known = set(inspect.signature(type(self.peer).__init__).parameters) - {"self"}
-        return {"_class_name": type(self.peer).__name__, **{k: v for k, v in self.peer.config.items() if k in known}}
+        found = {"_class_name": type(self.peer).__name__, **{k: v for k, v in self.peer.config.items() if k in known}}
+        if found["_class_name"] == "CogVideoXDDIMScheduler":
+            found["clip_sample"] = found["thresholding"] = False  # it has the entries, and does not look at them
+        return found
 
     @cached_property
     def prediction(self) -> str:
@@ -102,17 +134,22 @@ class Seat:
     def schedule(self, mu: float | None = None) -> NoiseSchedule:
         return schedule_of(self.peer, self.settings, mu)
 
+    @cached_property
+    def time_scale(self) -> float:
+        return time_scale(self.settings)
+
     def network_time(self, t: float) -> float:
         """The timestep that the pipeline hands to its network at the schedule's time t."""
-        if is_flow(self.settings):
-            return t * self.settings["num_train_timesteps"]
-        return math.log(t) / 4 if self.prediction == "edm" else t
+        return self.time_scale * (math.log(t) if self.prediction == "edm" else t)
 
     def schedule_time(self, timestep: float) -> float:
         """The schedule's time of a pipeline's timestep."""
-        if is_flow(self.settings):
-            return timestep / self.settings["num_train_timesteps"]
-        return math.exp(4 * timestep) if self.prediction == "edm" else timestep
+        t = timestep / self.time_scale
+        return math.exp(t) if self.prediction == "edm" else t
+
+    def denoising(self, alpha: float, sigma: float) -> Coefficients:
+        """What turns the network's output at a level into the denoised prediction."""
+        return denoising(self.settings, self.prediction, alpha, sigma)
 
     def prepare(
         self, steps: int | None, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None, mu: float | None
@@ -153,9 +190,12 @@ class Seat:
             raise FastdiffError(f"{type(peer).__name__} takes no {' or '.join(refused)} in set_timesteps")
         if "timesteps" not in given and ("sigmas" not in given or type(peer).__name__.startswith("FlowMatch")):
             given["num_inference_steps"] = steps
-        peer.set_timesteps(**given)
+        try:
+            peer.set_timesteps(**given)
+        except ValueError as e:
+            raise FastdiffError(f"{type(peer).__name__} makes no list of {steps} steps: {' '.join(str(e).split())}") from None
         grid, init = levels(peer, self.settings, schedule)
-        solver, options = CLASSES[type(peer).__name__](self.settings, grid.steps)
+        solver, options = CLASSES[type(peer).__name__](self.settings, grid, peer)
         options = {**options, **self.options}
         return Prepared(build(solver, schedule, grid, options), schedule, init, grid, solver, options)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import FastdiffError
 from ..plans import IDENTITY, Plan
-from ..sampling import Predicted, advance
+from ..sampling import POINT, Predicted, advance
 
 
 class Stepper:
@@ -54,14 +54,15 @@ class Stepper:
         self, y: Tensor, predicted: Predicted, draw: Callable[[], Tensor], dtype: torch.dtype
     ) -> Tensor:  # fmt: skip
         """One call's row, and the rows without calls that follow it; the next point, in `dtype`."""
-        program, first = self.plan.program, self.calls[self.done]
-        if first == 0 or program[first - 1].base is None:
+        steps, first = self.plan.program.steps, self.calls[self.done]
+        self.registers[POINT] = y
+        if first == 0 or steps[first - 1].base is None:
             self.registers[0] = y  # the point itself is what this row builds on
-        y = advance(self.registers, program[first], y, predicted, draw)
+        y = advance(self.registers, steps[first], predicted, draw)
         self.done += 1
-        after = self.calls[self.done] if self.done < len(self.calls) else len(program)
+        after = self.calls[self.done] if self.done < len(self.calls) else len(steps)
         for i in range(first + 1, after):
-            y = advance(self.registers, program[i], y, (None, None), draw)
+            y = advance(self.registers, steps[i], (None, None), draw)
         if self.finished:
             self.registers = {}
         self.state, self.returned = y, y if y.dtype == dtype else y.to(dtype)

@@ -18,9 +18,10 @@ from ..denoiser import Denoiser
 from ..errors import FastdiffError
 from ..files import write_bytes
 from ..models import UNet
+from ..parallel import join
+from ..resume import check_same, read_state
 from ..training.data import Images, batch_indices
-from ..training.parallel import join, load_network, load_optimiser, local, whole
-from ..training.resume import check_same, read_state
+from ..training.parallel import load_network, load_optimiser, local, spread, whole, wrap
 from ..training.skips import Skips
 from . import lora
 from .match import Match
@@ -91,10 +92,10 @@ class Distiller:
         for stage in self.stages:
             method.plan(stage, teacher.schedule)  # now rather than at the stage's end
         self.network = network
-        self.averages = {name: self.world.spread(frozen(copy.deepcopy(network))) for name in method.averages()}
+        self.averages = {name: spread(frozen(copy.deepcopy(network)), self.world) for name in method.averages()}
         assert isinstance(teacher.network, nn.Module)
-        self.teacher = with_network(teacher, self.world.spread(frozen(teacher.network)))
-        self._wrapped = self.world.wrap(network)  # the student's gradients, shared between processes
+        self.teacher = with_network(teacher, spread(frozen(teacher.network), self.world))
+        self._wrapped = wrap(network, self.world)  # the student's gradients, shared between processes
         self.student = with_network(teacher, self._wrapped, method.prediction(teacher))
         self.target = with_network(self.student, self.averages.get("target", network))
         self.stage = self.update = 0
@@ -252,7 +253,7 @@ class Distiller:
         """A student's weights become the teacher."""
         network = UNet(self.network.config)  # type: ignore[arg-type]
         network.load_state_dict(weights)
-        self.teacher = with_network(self.student, self.world.spread(frozen(network)))
+        self.teacher = with_network(self.student, spread(frozen(network), self.world))
         self._taught = True
 
     def _description(self, stage: Stage) -> dict[str, Any]:

@@ -28,8 +28,11 @@ class GuidedByPlan(Guided):
     def calls(self) -> int:  # type: ignore[override]
         return self.positive.calls + self.negative.calls
 
+    def choices(self, t: float) -> tuple[Any, ...]:
+        return (self.scales.get(t), *super().choices(t))
+
     def __call__(self, x: Tensor, t: float | Tensor) -> Tensor:
-        scale = self.scales.get(t) if not isinstance(t, Tensor) else None
+        scale = self.scales.get(float(t)) if not isinstance(t, Tensor) else None
         if scale is None:
             raise FastdiffError("guide.cfgpp is made for one plan and knows its times alone: sample with that plan")
         d, n = self._both(x, t)

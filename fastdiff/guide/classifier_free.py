@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..denoiser import Denoiser, Network
+from ..denoiser import Denoiser, Folded, Network
 from ..errors import FastdiffError
 
 EVERYWHERE = (0.0, math.inf)
@@ -33,6 +34,7 @@ class Guided(Denoiser):
         self.scale, self.interval, self.rescale = scale, interval, rescale
         self.projection, self.batched = projection, batched
         self.plan = None  # a plan tuned without guidance says nothing about this denoiser
+        self.acting: dict[float, bool] = {}  # of every float time asked for
 
     @property
     def guidance(self) -> float | None:
@@ -54,6 +56,10 @@ class Guided(Denoiser):
             raise FastdiffError(f"guidance contrasts {', '.join(contrast)}: bind it before guide.cfg, or give it to cfg")
         return self._with(self.positive.bind(**cond), self.negative.bind(**cond))
 
+    def bound(self) -> Iterator[tuple[str, Any]]:
+        yield from self.positive.bound()
+        yield from self.negative.bound()
+
     def subset(self, index: Tensor, batch: int) -> Denoiser:
         return self._with(self.positive.subset(index, batch), self.negative.subset(index, batch))
 
@@ -62,9 +68,22 @@ class Guided(Denoiser):
         same.positive, same.negative, same.cond = positive, negative, positive.cond
         return same
 
+    @property
+    def leaves(self) -> tuple[Denoiser, ...]:
+        return (*self.positive.leaves, *self.negative.leaves)
+
+    def choices(self, t: float) -> tuple[Any, ...]:
+        return (self._acts(t), *self.positive.choices(t), *self.negative.choices(t))
+
     def _acts(self, t: float) -> bool:
         if self.interval == EVERYWHERE:
             return True
+        t = float(t)
+        if t not in self.acting:
+            self.acting[t] = self._inside(t)
+        return self.acting[t]
+
+    def _inside(self, t: float) -> bool:
         alpha, sigma = float(self.schedule.alpha(t)), float(self.schedule.sigma(t))
         low, high = self.interval
         return low * alpha < sigma <= high * alpha if math.isfinite(high) else low * alpha < sigma
@@ -72,10 +91,8 @@ class Guided(Denoiser):
     def __call__(self, x: Tensor, t: float | Tensor) -> Tensor:
         if isinstance(t, Tensor):
             return self._guided_batch(x, t)
-        if self.scale == 1.0 or not self._acts(t):
-            return self.positive(x, t)
-        if self.scale == 0.0:
-            return self.negative(x, t)
+        if (only := self._only(t)) is not None:
+            return only(x, t)
         return self._combine(x, *self._both(x, t), self.scale)
 
     def with_variance(self, x: Tensor, t: float) -> tuple[Tensor, Tensor]:
@@ -87,16 +104,38 @@ class Guided(Denoiser):
             return d, v
         return self._combine(x, d, self.negative(x, t), self.scale), v
 
-    def _both(self, x: Tensor, t: float | Tensor) -> tuple[Tensor, Tensor]:
+    def folded(self, t: float) -> Folded | None:
+        """Both predictions' arithmetic and guidance in one; None where guidance is more than a scale."""
+        if type(self).__call__ is not Guided.__call__:
+            return None
+        if (only := self._only(t)) is not None:
+            return only.folded(t)
+        p, n, s = self.positive.folded(t), self.negative.folded(t), self.scale
+        if self.rescale or self.projection is not None or p is None or n is None or len(p.weights) + len(n.weights) > 2:
+            return None
+        return Folded(s * p.skip + (1 - s) * n.skip, (s * p.weights[0], (1 - s) * n.weights[0]))
+
+    def outputs(self, x: Tensor, t: float) -> tuple[Tensor, ...]:
+        if (only := self._only(t)) is not None:
+            return only.outputs(x, t)
+        return self._both(x, t, lambda denoiser, x, t: denoiser.outputs(x, t)[0])
+
+    def _only(self, t: float) -> Denoiser | None:
+        """The one denoiser that is called at time t, or None where both are."""
+        if self.scale == 1.0 or not self._acts(t):
+            return self.positive
+        return self.negative if self.scale == 0.0 else None
+
+    def _both(self, x: Tensor, t: Any, ask: Callable[..., Tensor] = operator.call) -> tuple[Tensor, Tensor]:
         """The two predictions: by one call on a doubled batch where asked for and possible, else by two."""
         joint = joined(self.positive, self.negative, len(x)) if self.batched or (self.batched is None and x.is_cuda) else None
         if joint is not None:
             try:
-                d, n = joint(torch.cat([x, x]), torch.cat([t, t]) if isinstance(t, Tensor) else t).chunk(2)
+                d, n = ask(joint, torch.cat([x, x]), torch.cat([t, t]) if isinstance(t, Tensor) else t).chunk(2)
                 return d, n
             except torch.OutOfMemoryError:
                 self.batched = False  # from here on by two calls
-        return self.positive(x, t), self.negative(x, t)
+        return ask(self.positive, x, t), ask(self.negative, x, t)
 
     def _combine(self, x: Tensor, d: Tensor, n: Tensor, scale: float) -> Tensor:
         if self.projection is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,13 @@ class Composed(Wrapped):
     def calls_at(self, t: float) -> int:
         return self.calls
 
+    @property
+    def leaves(self) -> tuple[Denoiser, ...]:
+        return (*self.inner.leaves, *(leaf for part, _ in self.parts for leaf in part.leaves))
+
+    def choices(self, t: float) -> tuple[Any, ...]:
+        return (*self.inner.choices(t), *(choice for part, _ in self.parts for choice in part.choices(t)))
+
     def __call__(self, x: Tensor, t: float | Tensor) -> Tensor:
         total = self.inner(x, t) * self.rest if self.rest else torch.zeros_like(x)
         for part, scale in self.parts:
@@ -40,6 +47,11 @@ class Composed(Wrapped):
         if contrast := [k for k in cond if any(part.cond.get(k) is not self.inner.cond.get(k) for part, _ in self.parts)]:
             raise FastdiffError(f"the conditions differ in {', '.join(contrast)}: bind it before guide.compose")
         return self._of(self.inner.bind(**cond), [part.bind(**cond) for part, _ in self.parts])
+
+    def bound(self) -> Iterator[tuple[str, Any]]:
+        for part, _ in self.parts:
+            yield from part.bound()
+        yield from super().bound()
 
     def subset(self, index: Tensor, batch: int) -> Denoiser:
         return self._of(self.inner.subset(index, batch), [part.subset(index, batch) for part, _ in self.parts])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ class Limited(Wrapped):
 
     def __call__(self, x: Tensor, t: float | Tensor) -> Tensor:
         return self.limit(self.inner(x, t))
+
+    def choices(self, t: float) -> tuple[Any, ...]:
+        return self.inner.choices(t)
 
     def with_variance(self, x: Tensor, t: float) -> tuple[Tensor, Tensor]:
         d, v = self.inner.with_variance(x, t)

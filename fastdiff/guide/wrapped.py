@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
@@ -34,8 +35,20 @@ class Wrapped(Denoiser):
     def calls_at(self, t: float) -> int:
         return self.inner.calls_at(t)
 
+    @property
+    def leaves(self) -> tuple[Denoiser, ...]:
+        return self.inner.leaves
+
+    def choices(self, t: float) -> tuple[Any, ...]:
+        """The time itself, where a subclass does not say what it takes from it."""
+        return (t, *self.inner.choices(t))
+
     def bind(self, **cond: Any) -> Denoiser:
         return self._around(self.inner.bind(**cond), self.targets)
+
+    def bound(self) -> Iterator[tuple[str, Any]]:
+        yield from self.inner.bound()
+        yield from self.targets.items()
 
     def subset(self, index: Tensor, batch: int) -> Denoiser:
         cut = {k: v[index] if isinstance(v, Tensor) and v.ndim and len(v) == batch else v for k, v in self.targets.items()}

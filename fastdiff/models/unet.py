@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import ops
 from ..errors import FastdiffError
+from .dropout import Dropout
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class ResBlock(nn.Module):
         self.out_layers = nn.Sequential(
             Norm(out_channels),
             nn.SiLU(),
-            nn.Dropout(c.dropout),
+            Dropout(c.dropout),
             zero_(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
         )
         same = channels == out_channels

@@ -1,90 +1,42 @@
-"""Training on several processes: plain `torchrun`, with DistributedDataParallel (every process holds the whole network) or FSDP2
-(each holds a share of every weight); one process is a world of one."""
+"""A network's weights on several processes: DistributedDataParallel (each has all) or FSDP2 (each a share of each one)."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..errors import FastdiffError
 from ..models.unet import EmbedSequential
+from ..parallel import World
 
 
-@dataclass(frozen=True)
-class World:
-    """This process among those that train together; the first alone writes files. `sharded`: by FSDP2, else by DDP."""
-
-    rank: int = 0
-    size: int = 1
-    sharded: bool = False
-
-    @property
-    def first(self) -> bool:
-        return self.rank == 0
-
-    def wrap(self, network: nn.Module) -> nn.Module:
-        """The network whose gradients are means over the processes."""
-        if self.size == 1:
-            return network
-        if self.sharded:
-            return self.spread(network)
-        return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
-
-    def spread(self, network: nn.Module) -> nn.Module:
-        """The network itself, its weights cut into the processes' shares where they are sharded.
-
-        A block's weights are gathered for its own forward or backward pass alone; without `reshard_after_forward` the root's
-        would stay gathered after a pass without gradients, and an average of weights would be taken of the copy.
-        """
-        if self.sharded:
-            blocks = [m for m in network.modules() if isinstance(m, EmbedSequential)]
-            for part in (*blocks, network):
-                fully_shard(part, mesh=self._mesh(network), reshard_after_forward=True)
+def wrap(network: nn.Module, world: World) -> nn.Module:
+    """The network whose gradients are means over the processes."""
+    if world.size == 1:
         return network
-
-    def mean(self, value: float) -> float:
-        """The mean of every process's value."""
-        if self.size == 1:
-            return value
-        total = torch.tensor(value, dtype=torch.float64)
-        dist.all_reduce(total)
-        return float(total) / self.size
-
-    def any(self, flag: bool) -> bool:
-        """Whether any process says so: what all of them must do together, they decide together."""
-        return self.mean(float(flag)) > 0
-
-    def wait(self) -> None:
-        """Until every process is here: a file that the first wrote is then whole."""
-        if self.size > 1:
-            dist.barrier()
-
-    def _mesh(self, network: nn.Module) -> dist.DeviceMesh:
-        return dist.init_device_mesh(next(network.parameters()).device.type, (self.size,))
+    if world.sharded:
+        return spread(network, world)
+    return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
 
 
-def join(sharded: bool = False) -> World:
-    """The world that `torchrun` describes, or a world of one.
+def spread(network: nn.Module, world: World) -> nn.Module:
+    """The network itself, its weights cut into the processes' shares where they are sharded.
 
-    Raises:
-        FastdiffError: shards asked for, with one process to hold them all.
+    A block's weights are gathered for its own forward or backward pass alone; without `reshard_after_forward` the root's
+    would stay gathered after a pass without gradients, and an average of weights would be taken of the copy.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        if sharded:
-            raise FastdiffError("shards are the processes' of torchrun: start it with torchrun --nproc-per-node 2 or more")
-        return World()
-    if not dist.is_initialized():
-        dist.init_process_group("gloo")
-    return World(dist.get_rank(), dist.get_world_size(), sharded)
+    if world.sharded:
+        mesh = init_device_mesh(next(network.parameters()).device.type, (world.size,))
+        blocks = [m for m in network.modules() if isinstance(m, EmbedSequential)]
+        for part in (*blocks, network):
+            fully_shard(part, mesh=mesh, reshard_after_forward=True)
+    return network
 
 
 @contextlib.contextmanager

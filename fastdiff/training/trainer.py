@@ -1,4 +1,7 @@
-"""Training a diffusion U-Net from images: resumable bit for bit, since every draw is a function of (seed, step)."""
+"""Training a diffusion U-Net from images: resumable bit for bit, since draws are functions of seed, step and place in the batch.
+
+Under `torchrun` the processes share every batch, and what an image meets does not depend on which of them has it.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,17 +23,21 @@ from ..denoiser import Denoiser
 from ..errors import FastdiffError
 from ..files import write_bytes
 from ..models import UNet, UNetConfig
+from ..models.dropout import seed_dropout
+from ..parallel import join
+from ..resume import check_same, read_state
 from ..schedule import NoiseSchedule, from_config
 from . import losses
 from .data import Images, batch_indices
-from .resume import check_same, read_state
+from .parallel import wrap
 from .skips import Skips
 from .variance import bound
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that determines the weights. Times are in optimiser steps, `lr` falls linearly to 0 over `steps`.
+    """Everything that determines the weights. Times are in optimiser steps, `lr` falls linearly to 0 over `steps`; `batch` is
+    that of all processes together.
 
     `vlb` > 0 learns the variance of DDPM's steps too: the weight of the variational bound beside the loss (Nichol and Dhariwal
     2021, eq. 16: 0.001), summed over a chain of `vlb_steps`.
@@ -150,24 +157,40 @@ def _check_fit(network: UNetConfig, data: Images, learned: bool) -> None:
         raise FastdiffError(f"the data have {data.num_classes} classes, the network has {rows}: leave out num_classes")
 
 
+class Material(NamedTuple):
+    """Clean images x0 (B, C, H, W), times t (B,), noisy x, unit noise eps, levels that broadcast, labels (B,) or None."""
+
+    x0: Tensor
+    t: Tensor
+    x: Tensor
+    eps: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    labels: Tensor | None
+
+
 class Trainer:
     """Holds network, EMA and optimiser; `run()` trains to the end, saving `model.safetensors` (EMA) and `state.pt`.
 
     With `start` the first step begins with that denoiser's weights (`continuing` makes the configuration).
 
     Raises:
-        FastdiffError: resuming a run whose configuration or data differ (the message names them).
+        FastdiffError: resuming a run whose configuration or data differ (the message names them); a batch that the processes
+            cannot share evenly.
     """
 
     def __init__(self, config: TrainConfig, data: Images, out: Path, start: Denoiser | None = None) -> None:
         self.config, self.data, self.out = config, data, out
-        self.schedule = _schedule(config.schedule)
+        self.schedule, self.world = _schedule(config.schedule), join()
+        if config.batch % self.world.size:
+            raise FastdiffError(f"a batch of {config.batch} cannot be shared evenly by {self.world.size} processes: change it")
         torch.manual_seed(config.seed)
         self.network = UNet(unet_config(config, data))
         if start is not None:
             assert isinstance(start.network, UNet)
             self.network.load_state_dict(start.network.state_dict())
         self.ema = copy.deepcopy(self.network).requires_grad_(False)
+        self.shared = wrap(self.network, self.world)  # the network whose gradients are those of the whole batch
         self.optimiser = torch.optim.AdamW(self.network.parameters(), lr=config.lr, weight_decay=0.0)
         self.denoiser = Denoiser(self.network, self.schedule, config.prediction)  # checks the prediction's name
         self.step = 0
@@ -198,11 +221,11 @@ class Trainer:
         finally:
             if self.step > first:  # a run that is refused in its first step leaves nothing behind
                 self.save()
+        self.world.wait()
 
     def train_step(self) -> float:
-        """One optimiser step on the images and draws that (seed, step) determine; returns the loss."""
+        """One optimiser step on the images and draws that (seed, step) determine; returns the loss of the whole batch."""
         c = self.config
-        torch.manual_seed(c.seed * 1_000_003 + self.step)  # dropout
         generator = torch.Generator().manual_seed(c.seed * 1_000_003 + self.step + 500_000_000)
         self.network.train()
         for group in self.optimiser.param_groups:
@@ -215,22 +238,18 @@ class Trainer:
             self.optimiser.step()
             self._update_ema()
         self.step += 1
-        self.losses.append(float(loss.detach()))
+        self.losses.append(self.world.mean(float(loss.detach())))
         return self.losses[-1]
 
     def loss(self, generator: torch.Generator) -> Tensor:
-        """The weighted squared error of the network's output over one batch."""
+        """The weighted squared error of the network's output over this process's images of one batch."""
         c = self.config
-        index = batch_indices(len(self.data.x), c.batch, self.step, c.seed)
-        x0 = self.data.x[index].float() / 127.5 - 1
-        t = losses.sample_times(self.schedule, c.batch, c.times, generator)
-        x, eps, alpha, sigma = losses.noised(x0, t, self.schedule, generator)
+        x0, t, x, eps, alpha, sigma, labels = self._material(generator)
         c_in = losses.coefficients(c.prediction, alpha, sigma, self.denoiser.sigma_data).c_in
         want = losses.target(c.prediction, x0, eps, alpha, sigma, self.denoiser.sigma_data)
         c_noise = self.denoiser._at_tensor(x, t)[1] if c.time_scale is None else (t * c.time_scale).float()
-        labels = self._labels(index, generator)
         with torch.autocast("cpu", torch.bfloat16, enabled=c.bf16):
-            got = self.network(x * c_in, c_noise, labels)
+            got = self.shared(x * c_in, c_noise, labels)
         got, v = got.float().split(x.shape[1], dim=1) if c.vlb else (got.float(), None)
         loss = (losses.weights(c.weighting, c.prediction, alpha, sigma) * (got - want).square()).mean()
         if v is None:
@@ -238,6 +257,24 @@ class Trainer:
         k = losses.coefficients(c.prediction, alpha, sigma, self.denoiser.sigma_data)
         d = k.c_skip * x + k.c_out * got
         return loss + c.vlb * c.vlb_steps * bound(self.schedule, x0, x, d, v, t, c.vlb_steps).mean()
+
+    def _material(self, generator: torch.Generator) -> Material:
+        """This process's images of one batch, and what they meet.
+
+        Every process makes the draws of the whole batch, a small part of a step's time, and keeps its own: every `size`-th. So
+        image i of a batch meets the same time, noise, label and dropout in every world.
+        """
+        c = self.config
+        index = batch_indices(len(self.data.x), c.batch, self.step, c.seed)
+        x0 = self.data.x[index].float() / 127.5 - 1
+        t = losses.sample_times(self.schedule, c.batch, c.times, generator)
+        x, eps, alpha, sigma = losses.noised(x0, t, self.schedule, generator)
+        labels = self._labels(index, generator)
+        mine = slice(self.world.rank, None, self.world.size)
+        first = (c.seed * 1_000_003 + self.step) * 2_654_435_761  # near 2^32 over the golden ratio: steps lie far apart
+        seed_dropout(self.network, range(first, first + c.batch)[mine])
+        cut = None if labels is None else labels[mine]
+        return Material(x0[mine], t[mine], x[mine], eps[mine], alpha[mine], sigma[mine], cut)
 
     def _labels(self, index: Tensor, generator: torch.Generator) -> Tensor | None:
         if self.data.y is None:
@@ -274,6 +311,8 @@ class Trainer:
 
     def save(self) -> None:
         """Writes the EMA weights as a checkpoint and the whole state for resuming; each appears whole or not at all."""
+        if not self.world.first:
+            return
         native.save(self.out / "model.safetensors", self.ema.state_dict(), self.description())
         state = {
             "config": asdict(self.config),

@@ -5,7 +5,8 @@ import math
 import peer_networks
 import pytest
 import torch
-from safetensors.torch import save_file
+from diffusers import DDPMScheduler
+from safetensors.torch import load_file, save_file
 
 import fastdiff as fd
 from fastdiff.errors import CheckpointError, FastdiffError
@@ -41,6 +42,52 @@ def test_preconditioning_is_edms(tmp_path):
         assert (den(X, sigma) - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
+def is_wanted(found, wanted):
+    assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("t", [0.01, 0.4, 1.0])
+def test_vp_preconditioning_is_edms(t, tmp_path):
+    """Karras et al. 2022, table 1, column VP: D = x - sigma F(x / sqrt(1 + sigma^2), 999 t), on x = x0 + sigma eps."""
+    den = fd.load(saved(tmp_path, "ddpm++"), config={"class_name": "VPPrecond"})
+    sigma = math.sqrt(math.expm1(19.9 * t**2 / 2 + 0.1 * t))
+    root = math.hypot(1, sigma)
+    is_wanted(den(X / root, t), X - sigma * den.network(X / root, torch.full((2,), 999 * t)))
+    assert den.info["format"] == "EDM, DDPM++, VPPrecond" and math.isclose(den.schedule.t_of_lam(-math.log(sigma)), t)
+
+
+def test_ve_preconditioning_is_edms(tmp_path):
+    """Table 1, column VE: D = x + sigma F(x, log(sigma / 2))."""
+    path = saved(tmp_path, "ncsn++")
+    save_file(load_file(path), path, metadata={"class_name": "VEPrecond"})  # as `fastdiff convert` writes it
+    den = fd.load(path)
+    assert den.schedule == fd.schedule.ve(0.02, 100.0)
+    for sigma in (0.03, 1.0, 90.0):
+        is_wanted(den(X, sigma), X + sigma * den.network(X, torch.full((2,), math.log(sigma / 2))))
+    is_wanted(den(X, torch.tensor([1.0, 1.0])), den(X, 1.0))
+
+
+def test_iddpm_preconditioning_is_edms(tmp_path):
+    """Table 1, column iDDPM + DDIM: D = x - sigma F(x / sqrt(1 + sigma^2), M - 1 - j) at level u_j; learned variance dropped.
+    Its levels are those of the cosine betas, here by diffusers."""
+    steps, u = 1000, [0.0]
+    cosine = [math.sin(math.pi / 2 * j / steps / 1.008) ** 2 for j in range(steps + 1)]
+    for j in range(steps, 0, -1):
+        u.append(math.sqrt((u[-1] ** 2 + 1) / max(cosine[j - 1] / cosine[j], 0.001) - 1))
+    doubled = {f"model.out_conv.{n}": torch.tensor(peer_networks.draw(n, s), dtype=torch.float32) for n, s in
+               (("weight", CASES["edm adm"]["weights"]["out_conv.weight"]), ("bias", [3]))}  # fmt: skip
+    doubled = {name: torch.cat([value, value + 1]) for name, value in doubled.items()}
+    den = fd.load(saved(tmp_path, "adm", u=torch.tensor(u[::-1]), **doubled)).bind(class_labels=torch.tensor([1, 4]))
+    for j in (3, 500, 990):
+        sigma = u[steps - j]
+        root = math.hypot(1, sigma)
+        f = den.network(X / root, torch.full((2,), steps - 1.0 - j), class_labels=torch.tensor([1, 4]))
+        assert f.shape[1] == 6
+        is_wanted(den(X / root, steps - 1.0 - j), X - sigma * f[:, :3])
+    theirs = DDPMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod.double()
+    assert ((den.schedule.alpha(torch.arange(1000.0)) ** 2 - theirs).abs() <= 1e-4 * theirs + 1e-9).all()
+
+
 def test_it_samples(tmp_path):
     den = fd.load(saved(tmp_path, "ddpm++ of classes")).bind(class_labels=torch.tensor([0, 4]))
     assert fd.sample(den, fd.plan("heun", den, nfe=5), seeds=[0, 1]).shape == (2, 3, 8, 8)
@@ -50,7 +97,11 @@ def test_it_samples(tmp_path):
     ("more", "config", "words"),
     [
         ({"u": torch.zeros(1001)}, {}, "iDDPM"),
-        ({}, {"class_name": "VEPrecond"}, "VEPrecond"),
+        ({}, {"class_name": "EDM2Precond"}, "EDM2Precond"),
+        ({}, {"class_name": "iDDPMPrecond"}, "named u is missing"),
+        ({}, {"class_name": "VEPrecond", "sigma_min": 200.0}, "sigma_min < sigma_max"),
+        ({}, {"class_name": "VPPrecond", "sigma_data": 1.0}, "sigma_data"),
+        ({"other": torch.zeros(1)}, {}, "other"),
         ({}, {"sigma_dta": 1.0}, "sigma_dta"),
         ({}, {"sigma_data": "half"}, "numbers"),
         ({"model.enc.8x8_blok0.weight": torch.zeros(1)}, {}, "8x8_blok0"),

@@ -44,6 +44,16 @@ def test_the_choice_and_what_is_given():
     assert report.steps == 9 and pipe.scheduler.seat.plan == plan
 
 
+def test_a_distilled_network_keeps_its_own_steps():
+    """No ODE solver leads through the predictions of a consistency model."""
+    pipe = pipelines.sd(scheduler=diffusers.LCMScheduler(**pipelines.SD_SCHEDULER))
+    want = images(pipe, 4)
+    report = fd.accelerate(pipe, 4, quiet=True)
+    assert "-> solver LCMScheduler" in str(report) and report.steps == 4
+    torch.testing.assert_close(images(pipe, 4), want, rtol=0, atol=1e-4)
+    assert "solver ddim" in str(fd.accelerate(pipe, 4, solver="ddim", quiet=True))
+
+
 def test_a_plan_tuned_for_the_pipeline_is_found_beside_it(tmp_path):
     pipelines.ddpm().save_pretrained(tmp_path / "p")
     den = fd.load(tmp_path / "p")

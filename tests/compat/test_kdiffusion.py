@@ -1,9 +1,11 @@
-"""Our solvers under k-diffusion's calling convention: its own frozen results, its callback, its models, and a ComfyUI node."""
+"""Our solvers under k-diffusion's calling convention: its own frozen results, its callback, its models; ComfyUI and A1111."""
 
+import inspect
 import json
 import runpy
 import sys
 import types
+from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -128,54 +130,129 @@ def test_bad_names_and_options():
         kdiffusion.sample_euler(mixture, torch.randn(1, 1), [1.0, 2.0, 0.0], disable=True)
 
 
+NOISE = torch.randn(3, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+SIGMAS = torch.linspace(10, 0, 25).double() ** 2 / 10
+
+
+def installed(monkeypatch, **modules):
+    """Stand-ins for another program's modules, by their dotted names with two underscores for a dot."""
+    for name, contents in modules.items():
+        module = types.ModuleType(name.replace("__", "."))
+        vars(module).update(contents)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        if "." in module.__name__:
+            parent, child = module.__name__.rsplit(".", 1)
+            setattr(sys.modules[parent], child, module)
+
+
+def by_plan(solver, schedule, start, sigmas):
+    plan = fd.plan(solver, schedule, steps=len(sigmas) - 1, grid=sigmas[:-1].tolist())
+    return fd.sample(BIMODAL.network(schedule), plan, start=start, dtype=torch.float64)
+
+
+class ComfyKSampler:
+    """What ComfyUI's comfy.samplers.KSAMPLER does around a sampler function (read 2026-11; so since 0.3): the model it hands over
+    also takes the mask of inpainting, and knows whether it is a flow model three objects down."""
+
+    def __init__(self, sampler_function, extra_options=None, inpaint_options=None):
+        self.sampler_function, self.extra_options = sampler_function, extra_options or {}
+
+    def sample(self, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
+        extra_args["denoise_mask"] = denoise_mask
+        sampling = guider.inner_model.model_sampling
+
+        class Masked:
+            inner_model = guider
+
+            def __call__(self, x, sigma, denoise_mask, model_options, seed):
+                assert denoise_mask is None and seed == 7 and "transformer_options" in model_options
+                return guider(x, sigma, model_options=model_options, seed=seed)
+
+        def each(x):
+            return callback(x["i"], x["denoised"], x["x"], len(sigmas) - 1)
+
+        start = sampling.noise_scaling(sigmas[0], noise, latent_image, True)
+        made = self.sampler_function(
+            Masked(), start, sigmas, extra_args=extra_args, callback=each if callback else None, disable=disable_pbar,
+            **self.extra_options,
+        )  # fmt: skip
+        return sampling.inverse_noise_scaling(sigmas[-1], made)
+
+
 def test_the_comfyui_node(monkeypatch):
-    """The example node under KSAMPLER.sample of ComfyUI 0.3's samplers.py, whose call is written down here."""
-
-    class KSAMPLER:
-        def __init__(self, sampler_function, extra_options=None, inpaint_options=None):
-            self.sampler_function, self.extra_options = sampler_function, extra_options or {}
-
-        def sample(self, model_k, sigmas, extra_args, callback, noise, disable_pbar):
-            def k_callback(x):
-                return callback(x["i"], x["denoised"], x["x"], len(sigmas) - 1)
-
-            return self.sampler_function(
-                model_k, noise, sigmas, extra_args=extra_args, callback=k_callback, disable=disable_pbar, **self.extra_options
-            )
-
-    samplers = types.ModuleType("comfy.samplers")
-    samplers.KSAMPLER = KSAMPLER
-    comfy = types.ModuleType("comfy")
-    comfy.samplers = samplers
-    monkeypatch.setitem(sys.modules, "comfy", comfy)
-    monkeypatch.setitem(sys.modules, "comfy.samplers", samplers)
+    installed(monkeypatch, comfy={}, comfy__samplers={"KSAMPLER": ComfyKSampler})
     node = runpy.run_path(str(ROOT / "tests" / "examples" / "comfyui_node.py"))["NODE_CLASS_MAPPINGS"]["FastdiffSampler"]
-    choices, _ = node.INPUT_TYPES()["required"]["solver"]
-    assert "unipc-2" in choices and len(choices) == len(fd.list_solvers())
+    assert node.RETURN_TYPES == ("SAMPLER",)  # what SamplerCustom takes
+    choices, default = node.INPUT_TYPES()["required"]["solver"]
+    assert default["default"] in choices and len(choices) == len(fd.list_solvers())
     (made,) = getattr(node(), node.FUNCTION)("unipc-2")
 
-    class CONST:
-        pass
+    class EPS:
+        def noise_scaling(self, sigma, noise, latent, max_denoise):
+            return noise * sigma + (0 if latent is None else latent)
 
-    class ModelSampling(CONST):
-        pass
+        def inverse_noise_scaling(self, sigma, latent):
+            return latent
 
-    class Model:
-        def __init__(self, flow):
-            if flow:
-                self.inner_model = types.SimpleNamespace(inner_model=types.SimpleNamespace(model_sampling=ModelSampling()))
+    class CONST(EPS):
+        def noise_scaling(self, sigma, noise, latent, max_denoise):
+            return noise * sigma
 
-        def __call__(self, x, sigma, model_options=None, seed=None):
+        def inverse_noise_scaling(self, sigma, latent):
+            return latent / (1 - sigma)
+
+    class Guider:
+        """comfy.samplers.CFGGuider: the guided prediction, and below it the model."""
+
+        def __init__(self, kind):
+            self.flow = kind is CONST
+            self.inner_model = types.SimpleNamespace(model_sampling=type("ModelSampling", (kind,), {})())
+
+        def __call__(self, x, sigma, model_options, seed):
             s = sigma.view(-1, 1, 1, 1)
-            return BIMODAL.denoise_torch(x, 1 - s if hasattr(self, "inner_model") else 1.0, s)
+            return BIMODAL.denoise_torch(x, 1 - s if self.flow else 1.0, s)
 
-    noise = torch.randn(3, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    for flow, sigmas in ((False, torch.linspace(10, 0, 25) ** 2 / 10), (True, torch.linspace(1, 0, 25))):
+    for kind, sigmas, schedule in ((EPS, SIGMAS, fd.schedule.ve(0.01, 20.0)),
+                                   (CONST, torch.linspace(1, 0, 25).double(), fd.schedule.flow())):  # fmt: skip
         calls = []
-        x = noise * float(sigmas[0])
-        out = made.sample(Model(flow), sigmas.double(), {"seed": 0}, lambda *a, to=calls: to.append(a), x, True)
+        out = made.sample(Guider(kind), sigmas, {"model_options": {"transformer_options": {}}, "seed": 7},
+                          lambda *a, to=calls: to.append(a), NOISE, disable_pbar=True)  # fmt: skip
         assert [(a[0], a[3]) for a in calls] == [(i, 24) for i in range(24)]
-        schedule = fd.schedule.flow() if flow else fd.schedule.ve(0.01, 20.0)
-        plan = fd.plan("unipc-2", schedule, steps=24, grid=sigmas[:-1].double().tolist())
-        want = fd.sample(BIMODAL.network(schedule), plan, start=x, dtype=torch.float64)
-        assert (out - want).abs().max() < 1e-10
+        assert (out - by_plan("unipc-2", schedule, NOISE * sigmas[0], sigmas)).abs().max() < 1e-10
+
+
+def test_the_a1111_script(monkeypatch):
+    """Under modules/sd_samplers_kdiffusion.py of the web UI 1.10 (read 2026-11), which takes a function for a name since 1.6."""
+    SamplerData = namedtuple("SamplerData", ["name", "constructor", "aliases", "options"])
+
+    class KDiffusionSampler:
+        def __init__(self, funcname, sd_model, options=None):
+            self.func = funcname if callable(funcname) else None
+            self.model_wrap_cfg, self.seen = sd_model, []
+
+        def sample(self, x, sigmas):
+            takes = inspect.signature(self.func).parameters
+            offered = {"n": 24, "sigma_min": 0.1, "sigma_max": 10.0, "sigmas": sigmas, "eta": 1.0}
+            given = {name: value for name, value in offered.items() if name in takes}
+            extra = {"cond": 1, "image_cond": 2, "uncond": 3, "cond_scale": 7.0, "s_min_uncond": 0.0}
+            return self.func(self.model_wrap_cfg, x * sigmas[0], extra_args=extra, disable=False,
+                             callback=lambda d: self.seen.append((d["i"], d["denoised"].shape)), **given)  # fmt: skip
+
+    menu = types.SimpleNamespace(all_samplers=[SamplerData("Euler", None, [], {})], set_samplers=lambda: shown.append(True))
+    shown = []
+    installed(monkeypatch, modules={}, modules__sd_samplers_common={"SamplerData": SamplerData},
+              modules__sd_samplers_kdiffusion={"KDiffusionSampler": KDiffusionSampler})  # fmt: skip
+    monkeypatch.setattr(sys.modules["modules"], "sd_samplers", menu, raising=False)
+    script = runpy.run_path(str(ROOT / "tests" / "examples" / "a1111_script.py"))
+    assert shown and set(menu.all_samplers_map) == {"Euler", *(f"fastdiff {name}" for name in script["SOLVERS"])}
+
+    def guided(x, sigma, cond, image_cond, uncond, cond_scale, s_min_uncond):
+        assert (cond, uncond, cond_scale) == (1, 3, 7.0)
+        return mixture(x, sigma)
+
+    for name in script["SOLVERS"]:
+        sampler = menu.all_samplers_map[f"fastdiff {name}"].constructor(guided)
+        out = sampler.sample(NOISE, SIGMAS)
+        assert out.isfinite().all() and [i for i, _ in sampler.seen] == list(range(24))
+        if not fd.list_solvers()[name].stochastic:
+            assert (out - by_plan(name, fd.schedule.ve(0.01, 20.0), NOISE * SIGMAS[0], SIGMAS)).abs().max() < 1e-10

@@ -91,6 +91,20 @@ def test_negative_condition(t):
 
 
 @TIME
+def test_interval_and_rescale(t):
+    """Guided where sigma/alpha lies in the interval, conditional elsewhere; scaled back to the conditional spread."""
+    alpha, sigma = level(t)
+    conditional = from_score(lambda y: log_joint(y, t, LABELS), t)
+    guided = from_score(lambda y: 3 * log_joint(y, t, LABELS) - 2 * log_joint(y, t), t)
+    u = (sigma / alpha).expand_as(X)
+    inside = (u > 0.5) & (u <= 1.2)
+    assert inside.any() and (isinstance(t, float) or not inside.all())
+    close(fd.guide.cfg(DEN, 3.0, {"class_labels": LABELS}, interval=(0.5, 1.2))(X, t), torch.where(inside, guided, conditional))
+    ratio = conditional.std((1, 2), keepdim=True) / guided.std((1, 2), keepdim=True)
+    close(fd.guide.cfg(DEN, 3.0, {"class_labels": LABELS}, rescale=0.7)(X, t), guided * (0.7 * ratio + 0.3))
+
+
+@TIME
 @pytest.mark.parametrize("scale", [0.0, 1.0, 2.0])
 def test_classifier(t, scale):
     """With the exact p(c | x_t), scale 1 is the conditional model itself."""
@@ -185,6 +199,10 @@ def test_limits():
         v = ((3 * X[i]) - 2) / 2
         s = max(1.0, float(torch.quantile(v.abs().flatten(), 0.9)))
         close(got[i], (v.clamp(-s, s) / s) * 2 + 2, 1e-9)
+    mean = from_score(lambda y: log_joint(y, T), T)  # and on the mixture
+    close(fd.guide.clip(DEN, -0.5, 0.4)(X, T), mean.clamp(-0.5, 0.4))
+    far = mean.abs().amax((1, 2), keepdim=True).clamp_min(1.0)
+    close(fd.guide.threshold(DEN, 1.0)(X, T), mean / far)
     inside = fd.Denoiser(lambda x, t: torch.tanh(x), SCHEDULE, "x0")
     assert torch.equal(fd.guide.threshold(inside)(X, T), torch.tanh(X))
     guide = fd.guide
@@ -300,6 +318,24 @@ def test_composes_with_solvers_adaptive_steps_and_is_per_sample(guidance):
     assert x.isfinite().all() and len(nfe) == 4
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("solver", fd.list_solvers())
+def test_every_solver_on_the_guided_score(solver):
+    """Clipped classifier-free guidance in a solver, and the solver on the closed form of it."""
+    def known(x, t):
+        with torch.enable_grad():
+            return from_score(lambda y: 2 * log_joint(y, t, LABELS) - log_joint(y, t), t, x).clamp(-1.2, 1.2)
+
+    g = fd.guide.clip(fd.guide.cfg(DEN, 2.0, {"class_labels": LABELS}), -1.2, 1.2)
+    if fd.plan(solver, g, 12).learned_variance:
+        pytest.skip("its noise needs a network's second output")
+    plan = fd.plan(solver, g, 12)
+    start, noise = X * plan.start[1], fd.noise.from_torch(torch.Generator().manual_seed(0))
+    got = fd.sample(g, plan, noise, start=start, dtype=torch.float64)
+    again = fd.noise.from_torch(torch.Generator().manual_seed(0))
+    close(got, fd.sample(known, plan, again, start=start, dtype=torch.float64), 1e-4)
+
+
 def test_learned_plans_are_refused_under_guidance_they_were_not_learned_for():
     plan = fd.plan("ddim", SCHEDULE, 3)
     made = {"checkpoint": "", "prediction": "x0", "schedule": SCHEDULE.config(), "guidance": [2.0]}
@@ -328,6 +364,13 @@ def test_bad_input():
         "finite eta": lambda: fd.guide.apg(bound, 2.0, eta=math.inf),
         r"in \[0, 1\]": lambda: fd.guide.cfgpp(bound, 2.0, fd.plan("ddim", SCHEDULE, 3)),
         "torch modules": lambda: fd.guide.pag(DEN, 2.0),
+        "4 class_labels for a batch of 3: give one a sample": lambda: fd.sample(bound, fd.plan("ddim", SCHEDULE, 3), start=X[:3]),
+        "4 class_labels for a batch of 1": lambda: fd.sample(fd.guide.cfg(bound, 2.0), fd.plan("ddim", SCHEDULE, 3), start=X[:1]),
+        "2 target for a batch of 4": lambda: fd.sample(
+            fd.guide.loss(DEN, lambda x0, target: (x0 - target).flatten(1).sum(1), 1.0, target=X[:2]),
+            fd.plan("ddim", SCHEDULE, 3), start=X,
+        ),
+        "3 class_labels for a batch of 2": lambda: fd.sample_adaptive(DEN.bind(class_labels=LABELS[:3]), start=X[:2]),
     }
     for match, call in bad.items():
         with pytest.raises(FastdiffError, match=match):

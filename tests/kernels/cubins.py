@@ -10,14 +10,36 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel and what its launcher asks the compiler for. An argument's type may be a tuple of types; a constant's key is an
+    argument's name, or its name and the place in such a tuple."""
+
+    name: str
+    kernel: Any
+    types: dict[str, Any]
+    constants: dict[Any, Any]
+    num_warps: int
+    divisible: set[str]  # by 16, of which Triton makes a variant of its own
+    num_stages: int = 3  # Triton's default
+
+
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 ARCHITECTURES = (80, 90, 100)
+
+
+def paths(index, kind):
+    """Where an argument stands; each element of a tuple has a place of its own."""
+    return [(index, i) for i, k in enumerate(kind) if k != "constexpr"] if isinstance(kind, tuple) else [(index,)]
 
 
 def resources(case, architecture):
@@ -25,9 +47,11 @@ def resources(case, architecture):
     names = case.kernel.arg_names
     signature = {name: case.types.get(name, "constexpr") for name in names}
     fixed = {name: case.constants.get(name) for name in names if name not in case.types}
-    attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible}
+    fixed |= {(names.index(k[0]), k[1]): v for k, v in case.constants.items() if isinstance(k, tuple)}
+    attrs = {path: [["tt.divisibility", 16]] for name in case.divisible for path in paths(names.index(name), case.types[name])}
     source = ASTSource(case.kernel, signature=signature, constexprs=fixed, attrs=attrs)
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": case.num_warps})
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -45,6 +69,7 @@ def main():
     parser.add_argument("--only", default="", help="kernels whose title holds this")
     parser.add_argument("--all", action="store_true", help="every configuration; default: the largest of each kernel")
     options = parser.parse_args()
+    sys.modules["cubins"] = sys.modules["__main__"]  # where the cases find Case
     cases = importlib.import_module(f"{options.op}_cases")
     for case in (c for c in cases.cases(options.all) if options.only in c.name):
         for architecture in ARCHITECTURES:

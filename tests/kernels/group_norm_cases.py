@@ -1,8 +1,8 @@
 """What the launchers of the GroupNorm family ask the compiler for: (kernel, argument types, constants, warps)."""
 
-from dataclasses import dataclass
 from itertools import product
-from typing import Any
+
+from cubins import Case
 
 from fastdiff.kernels import group_norm_backward_triton as backward
 from fastdiff.kernels import group_norm_triton as forward
@@ -17,16 +17,6 @@ STRIDES = {"xb", "xc", "xs", "rb", "rc", "rs", "yb", "yc", "ys"}
 OPTIONAL = {"residual", "weight", "bias", "scale", "shift", "total", "dtotal"}
 ONE_READ = {"one_read": forward.one_read, "one_read_backward": backward.one_read_backward}
 SPLIT = {"moments": forward.moments, "apply": forward.apply, "sums": backward.sums, "apply_backward": backward.apply_backward}
-
-
-@dataclass(frozen=True)
-class Case:
-    name: str
-    kernel: Any
-    types: dict[str, str]
-    constants: dict[str, Any]
-    num_warps: int
-    divisible: set[str]  # by 16, of which Triton makes a variant of its own
 
 
 def case(name, kernel, dtype, channels_last, blocks, aligned=True, bare=False):

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..errors import FastdiffError
+from .errors import FastdiffError
 
 
 def read_state(path: Path, *keys: str) -> dict[str, Any]:

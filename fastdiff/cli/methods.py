@@ -1,0 +1,81 @@
+"""How `fastdiff sample` makes images: by a plan or by adaptive steps, guided or not, batch by batch."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .console import say
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..denoiser import Denoiser
+    from ..plans import Plan
+    from ..streaming import Request
+
+
+@dataclass(frozen=True)
+class Method:
+    """`run` gives samples (B, *shape) and the network calls of each; `title` names it, `identity` tells it from all others."""
+
+    title: str
+    identity: dict[str, Any]
+    run: Callable[[Denoiser, list[int]], tuple[Tensor, list[int]]]
+
+
+def by_plan(plan: Plan) -> Method:
+    from ..sampling import sample as run_plan
+
+    def run(denoiser: Denoiser, seeds: list[int]) -> tuple[Tensor, list[int]]:
+        times = [row.t for row in plan.rows if row.calls]
+        calls = sum(denoiser.calls_at(t) for t in times)
+        return run_plan(denoiser, plan, seeds=seeds), [calls] * len(seeds)
+
+    digest = hashlib.sha256(plan.to_json().encode()).hexdigest()
+    identity = {"plan": f"{plan.name}, {plan.nfe} evaluations, sha256 {digest}"}
+    return Method(f"{plan.provenance.get('auto', plan.name)}, {plan.nfe} evaluations", identity, run)
+
+
+def by_adaptive_steps(rtol: float | None, atol: float | None) -> Method:
+    from ..adaptive import Control, sample_adaptive
+
+    default = Control()
+    control = Control(default.rtol if rtol is None else rtol, default.atol if atol is None else atol)
+
+    def run(denoiser: Denoiser, seeds: list[int]) -> tuple[Tensor, list[int]]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # said once, below, in the command's own words
+            found = sample_adaptive(denoiser, seeds=seeds, rtol=control.rtol, atol=control.atol)
+        if bool(found.unfinished.any()):
+            tired = [seed for seed, flag in zip(seeds, found.unfinished.tolist(), strict=True) if flag]
+            say(f"seeds {tired} reached {control.max_nfe} evaluations before the end: raise --rtol or --atol")
+        return found.x, [n * denoiser.calls for n in found.nfe.tolist()]
+
+    identity = {"adaptive": {"rtol": control.rtol, "atol": control.atol}}
+    return Method(f"adaptive, rtol {control.rtol:g}, atol {control.atol:g}", identity, run)
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Makes a batch of requests: images (B, C, H, W) uint8 on the CPU, and the network calls of each."""
+
+    denoiser: Denoiser
+    method: Method
+    guidance: float
+
+    def __call__(self, part: list[Request]) -> tuple[Tensor, list[int]]:
+        import torch
+
+        from ..guide import cfg
+
+        bound = self.denoiser
+        if part[0].label is not None:
+            bound = bound.bind(class_labels=torch.tensor([r.label for r in part], device=bound.device))
+        if self.guidance != 1.0:
+            bound = cfg(bound, self.guidance, negative=bound.unprompted)
+        x, calls = self.method.run(bound, [r.seed for r in part])
+        return (self.denoiser.images(x) * 255).round().to("cpu", torch.uint8), calls

@@ -1,0 +1,160 @@
+"""The loop over a plan's rows where a row is one op: weights, guidance and prediction conversion folded into one matrix a row.
+
+A row's matrix has a column for each tensor it reads (the point, the network's outputs, registers, noises) and a line for each
+tensor it leaves (the next point, the base, what is kept for later rows). All matrices of a run lie in one table on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import ops
+from .denoiser import Denoiser, Folded
+from .noise import NoiseSource, Seeded
+from .philox import seed_bits
+from .plans import Plan
+from .program import Step, Terms
+
+Column = str | int  # "y", "noise", an output of the denoiser "f0", "f1", or a register
+Vector = dict[Column, float]
+BASE = 0
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A row to run. `reads` names the columns, the noise last; `writes` says which register each line's tensor becomes, None
+    for the next point alone; `keeps` are registers that become a tensor that is there already."""
+
+    step: Step
+    folded: bool
+    reads: tuple[Column, ...]
+    writes: tuple[int | None, ...]
+    keeps: tuple[tuple[int, Column], ...]
+    weights: np.ndarray
+
+
+def fits(plan: Plan) -> bool:
+    """Whether every row of a plan is linear: a learned variance multiplies the noise by what the network says."""
+    return not plan.learned_variance
+
+
+def matrices(plan: Plan, folded: Callable[[float], Folded | None]) -> list[Matrix]:
+    """The steps of a plan's program for a denoiser whose arithmetic at time t is `folded(t)`; in float64."""
+    out, same = [], True  # whether the point is the base
+    for step in plan.program.all:
+        out.append(_matrix(step, folded(step.t) if step.call else None, same))
+        same = step.base is None
+    return out
+
+
+def _matrix(step: Step, folded: Folded | None, same: bool) -> Matrix:
+    y: Vector = {BASE: 1.0} if same else {"y": 1.0}
+    skip, weights = folded or Folded(0.0, (1.0,))
+    outputs: list[tuple[float, Vector]] = [(w, {f"f{i}": 1.0}) for i, w in enumerate(weights)]
+    d = _add([(skip, y), *outputs])
+    values: dict[int, Vector] = dict.fromkeys(step.keeps, d)
+    values |= {r: _add([(p or 0.0, y), (q or 0.0, d)]) for r, p, q in step.stores}
+    if step.draw is not None:
+        values[step.draw] = {"noise": 1.0}
+
+    def total(terms: Terms) -> Vector:
+        return _add([(w, values.get(r, {r: 1.0})) for r, w in terms])
+
+    lines: list[tuple[int | None, Vector]] = [(BASE if step.base is None else None, total(step.next))]
+    if step.base:
+        lines.append((BASE, total(step.base)))
+    keeps = []
+    for register, value in values.items():
+        (column, weight), *more = value.items() or [("y", 0.0)]
+        if register in step.free:
+            continue
+        if not more and weight == 1.0 and column != "noise":
+            keeps.append((register, column))
+        else:
+            lines.append((register, value))
+    reads = sorted({c for _, line in lines for c in line} or {BASE}, key=lambda c: (c == "noise", str(c)))
+    table = np.array([[line.get(c, 0.0) for c in reads] for _, line in lines])
+    return Matrix(step, folded is not None, tuple(reads), tuple(r for r, _ in lines), tuple(keeps), table)
+
+
+def _add(terms: list[tuple[float, Vector]]) -> Vector:
+    """A weighted sum; what cancels to 0 is read all the same, what weighs 0 is not."""
+    out: Vector = {}
+    for weight, vector in terms:
+        for column, w in vector.items():
+            if weight * w != 0.0:
+                out[column] = out.get(column, 0.0) + weight * w
+    return out
+
+
+@dataclass
+class Draws:
+    """The draws of a plan in order: made by the op from seeds, or taken from another source."""
+
+    source: NoiseSource | None
+    like: Tensor
+    made: int = 0  # so far
+    seeds: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.source, Seeded):
+            self.source.check(len(self.like))
+            self.seeds = seed_bits(self.source.seeds, self.like.device)
+
+    def next(self) -> Tensor | None:
+        """The next draw; None where the op makes it."""
+        self.made += 1
+        if self.seeds is not None:
+            return None
+        assert self.source is not None
+        return self.source(self.made, self.like.shape, self.like.device).to(self.like.dtype)
+
+
+def run(
+    denoiser: Any, plan: Plan, x: Tensor, source: NoiseSource | None, callback: Callable[[int, Tensor], None] | None = None
+) -> Tensor:
+    """`sampling.run` with a step of the program as one op."""
+    registers = {BASE: x}
+    folds = isinstance(denoiser, Denoiser)
+    steps = matrices(plan, denoiser.folded if folds else lambda t: None)
+    table = torch.tensor(np.concatenate([step.weights.ravel() for step in steps]), dtype=x.dtype, device=x.device)
+    draws, y, first = Draws(source, x), x, 0
+    for i, step in enumerate(steps, start=len(plan.rows) - len(steps)):  # the opening, where there is one, is no row
+        last = first + step.weights.size
+        y = _advance(denoiser, step, table[first:last].view(step.weights.shape), registers, y, draws)
+        first = last
+        if callback is not None and i >= 0:
+            callback(i, y)
+    return y
+
+
+def _advance(
+    denoiser: Any, row: Matrix, weights: Tensor, registers: dict[int, Tensor], y: Tensor, draws: Draws
+) -> Tensor:
+    """One row: the network's call and the op; what no later row reads is gone at the end."""
+    there: dict[Column, Tensor] = {"y": y} | dict(registers)
+    if row.step.call:
+        given = denoiser.outputs(y, row.step.t) if row.folded else (denoiser(y, row.step.t),)
+        there |= {f"f{i}": f for i, f in enumerate(given)}
+    seeds = None
+    if row.step.draw is not None:
+        z = draws.next()
+        if z is not None:
+            there["noise"] = z
+        elif "noise" in row.reads:
+            seeds = draws.seeds
+    made = ops.combine([there[c] for c in row.reads if c in there], weights, seeds, draws.made if seeds is not None else 0)
+    for register, column in row.keeps:
+        registers[register] = there[column]
+    for written, tensor in zip(row.writes, made, strict=True):
+        if written is not None:
+            registers[written] = tensor
+    for r in row.step.free:
+        registers.pop(r, None)
+    return made[0]

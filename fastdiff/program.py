@@ -1,0 +1,154 @@
+"""A plan's rows compiled to registers: what every executor runs. No torch, no solver here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from .plans import Plan
+
+Weight = Any  # a float; in a `mapped` program what stands for one: its place in a table, the 0-d tensor that holds it
+Terms = tuple[tuple[int, Weight], ...]  # (register, weight)
+Named = list[tuple[str, float]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A row as an executor runs it: registers instead of positions, zero weights left out, dead registers named.
+
+    Register 0 is the base. `keeps` get the prediction D itself, `stores` (register, p, q) p*y + q*D, None for a weight of 0.
+    `next` and `base` are sums; base None means "the next point itself", an empty base means "unchanged".
+    """
+
+    t: float
+    call: bool
+    keeps: tuple[int, ...]
+    stores: tuple[tuple[int, Weight | None, Weight | None], ...]
+    draw: int | None
+    next: Terms
+    base: Terms | None
+    free: tuple[int, ...]
+    var: tuple[Weight, Weight] | None = None
+
+    def mapped(self, f: Callable[[Weight], Weight]) -> Step:
+        """The same step with f(w) for each weight w, called in one order for all steps of the same form."""
+        def some(w: Weight | None) -> Weight | None:
+            return None if w is None else f(w)
+
+        def each(terms: Terms) -> Terms:
+            return tuple((register, f(w)) for register, w in terms)
+
+        stores = tuple((register, some(p), some(q)) for register, p, q in self.stores)
+        point, base = each(self.next), None if self.base is None else each(self.base)
+        var = None if self.var is None else (f(self.var[0]), f(self.var[1]))
+        return replace(self, stores=stores, next=point, base=base, var=var)
+
+
+@dataclass(frozen=True)
+class Program:
+    """`opening`, where a plan has one, weighs the start and a noise before the first row; then one step a row."""
+
+    opening: Step | None
+    steps: tuple[Step, ...]
+
+    @property
+    def all(self) -> tuple[Step, ...]:
+        return self.steps if self.opening is None else (self.opening, *self.steps)
+
+    @property
+    def registers(self) -> int:
+        """Registers the program needs: the base, and the most history entries and noises alive at once."""
+        used = [0]
+        for s in self.all:
+            used += [*s.keeps, *(r for r, _, _ in s.stores), *(r for r, _ in (*s.next, *(s.base or ())))]
+            used += [] if s.draw is None else [s.draw]
+        return 1 + max(used)
+
+    def mapped(self, f: Callable[[Weight], Weight]) -> Program:
+        """The same program with f(w) for each weight w, called in one order for all programs of the same form."""
+        opening = None if self.opening is None else self.opening.mapped(f)
+        return Program(opening, tuple(step.mapped(f) for step in self.steps))
+
+
+def compile_program(plan: Plan) -> Program:
+    """Registers by linear scan over the last use of each history entry and noise."""
+    named = _named_rows(plan)
+    last_use = {name: i for i, names in enumerate(named) for name, _ in (*names.next, *names.base)}
+    for i, names in enumerate(named):
+        if names.drawn is not None:
+            last_use.setdefault(names.drawn, i)  # a noise that nothing weighs is drawn all the same: draw k stays draw k
+    last_use.setdefault("z", -1)
+    registers = _Registers(last_use)
+    opening = None
+    if plan.first.values != (1.0,):
+        z = [("z", w) for w in plan.first.z]
+        drawn = registers.take("z") if z else None
+        point = registers.total(plan.first.x, z)
+        opening = Step(plan.rows[0].t, False, (), (), drawn, point, None, registers.release(-1))
+    steps = []
+    for i, (row, names) in enumerate(zip(plan.rows, named, strict=True)):
+        pairs = zip(names.stored, row.store, strict=True)
+        entries = [(name, float(p), float(q)) for name, (p, q) in pairs if name in last_use]
+        keeps = tuple(registers.take(name) for name, p, q in entries if (p, q) == (0.0, 1.0))
+        stores = tuple(
+            (registers.take(name), p if p != 0.0 or q == 0.0 else None, q if q != 0.0 else None)
+            for name, p, q in entries if (p, q) != (0.0, 1.0)
+        )  # fmt: skip
+        draw = None if names.drawn is None else registers.take(names.drawn)
+        point = registers.total(row.next.x, names.next)
+        same = row.base == row.next or i == len(named) - 1
+        base = None if same else () if row.base.values == (1.0,) else registers.total(row.base.x, names.base)
+        steps.append(Step(row.t, row.calls, keeps, stores, draw, point, base, registers.release(i), row.var))
+    return Program(opening, tuple(steps))
+
+
+class _Registers:
+    """A register for each name, from where it is taken to its last use."""
+
+    def __init__(self, last_use: dict[str, int]) -> None:
+        self.last_use = last_use
+        self.of: dict[str, int] = {}
+        self.spare: list[int] = []
+
+    def take(self, name: str) -> int:
+        self.of[name] = self.spare.pop() if self.spare else len(self.of) + 1
+        return self.of[name]
+
+    def release(self, row: int) -> tuple[int, ...]:
+        """The registers that no later row reads; they may be taken again."""
+        freed = tuple(self.of.pop(name) for name in list(self.of) if self.last_use[name] == row)
+        self.spare += freed
+        return freed
+
+    def total(self, x: float, terms: Named) -> Terms:
+        base = ((0, float(x)),) if x != 0.0 or not terms else ()
+        return (*base, *((self.of[name], float(w)) for name, w in terms))  # an executor tells floats from tensors
+
+
+class _NamedRow(NamedTuple):
+    """The entries a row stores, the noise it draws, and its `next` and `base` over names instead of positions."""
+
+    stored: list[str]
+    drawn: str | None
+    next: Named
+    base: Named
+
+
+def _named_rows(plan: Plan) -> list[_NamedRow]:
+    history: list[str] = []
+    noises = ["z"] * len(plan.first.z)
+    out = []
+    for i, row in enumerate(plan.rows):
+        stored = [f"h{i}.{j}" for j in range(len(row.store))]
+        history = stored[::-1] + history
+        drawn = None if row.draw is None else f"z{i}"
+        if drawn:
+            noises.insert(0, drawn)
+        point, base = (
+            [(name, w) for name, w in (*zip(history, s.h, strict=False), *zip(noises, s.z, strict=False)) if w != 0.0]
+            for s in (row.next, row.next if i == len(plan.rows) - 1 else row.base)  # nothing builds on the last base
+        )
+        out.append(_NamedRow(stored, drawn, point, base))
+    return out

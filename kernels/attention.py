@@ -1,0 +1,151 @@
+"""Attention of U-Nets as a registered op: softmax(q k^T scale) v + residual, self and cross, read in the layout it comes in.
+
+q, k and v are (batch, heads, positions, head) views with any strides: parts of a fused projection, be it (B, S, 3 H d) or
+(B, 3 H d, S), are read in place, and the result lies as the output projection reads it. `torch.ops.fastdiff.attention` runs the
+Triton kernel of attention_triton.py on a GPU and torch's scaled_dot_product_attention wherever that does not run; `why_not` says
+why.
+
+Where a kernel may run it need not be the faster one: `faster` is what `fastdiff.ops` asks, and it answers by measurement alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import FastdiffError
+from .availability import missing_triton
+
+DTYPES = (torch.float16, torch.bfloat16)
+HEADS = (8, 256)  # sizes of a head, smallest and largest
+
+Site = tuple[int, int, int, int, int]
+# Where benches/gpu_attention.py saw the kernel beat every backend of torch: it prints the lines to put here. Not measured: empty.
+FASTER: frozenset[Site] = frozenset()
+
+
+def site(q: Tensor, k: Tensor, architecture: int) -> Site:
+    """What a measurement is valid for: the architecture (90 for sm_90), the head's size, and queries, keys and batch x heads
+    rounded up to powers of two."""
+    queries, keys, programs = (1 << (n - 1).bit_length() for n in (q.shape[2], k.shape[2], q.shape[0] * q.shape[1]))
+    return architecture, q.shape[3], queries, keys, programs
+
+
+def faster(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the kernel runs on these inputs and was measured to be the fastest at such a site; what was not measured is not."""
+    if not FASTER or why_not(q, k, v) is not None:
+        return False
+    major, minor = torch.cuda.get_device_capability(q.device)
+    return site(q, k, 10 * major + minor) in FASTER
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, residual: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """The torch form, in the inputs' dtype."""
+    out = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    return out if residual is None else out + residual
+
+
+def like(q: Tensor) -> Tensor:
+    """An empty result of q's shape: (B, S, H, d) in memory, or (B, H, d, S) where q's own positions lie side by side."""
+    batch, heads, length, head = q.shape
+    if q.stride(3) != 1 and q.stride(2) == 1:
+        return q.new_empty(batch, heads, head, length).transpose(2, 3)
+    return q.new_empty(batch, length, heads, head).transpose(1, 2)
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, residual: Tensor | None = None) -> None:
+    """The arguments of the op, on the side of eager and of tracing alike.
+
+    Raises:
+        FastdiffError: what was given and what is allowed.
+    """
+    shapes = [tuple(x.shape) for x in (q, k, v)]
+    alike = all(len(s) == 4 for s in shapes) and shapes[1] == shapes[2]
+    if not (alike and shapes[0][:2] == shapes[1][:2] and shapes[0][3] == shapes[1][3]):
+        given = ", ".join(map(str, shapes))
+        raise FastdiffError(f"attention needs q (B, heads, S, d), and k and v (B, heads, S', d); given {given}")
+    if k.shape[2] == 0:
+        raise FastdiffError("attention needs at least one key")
+    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+        raise FastdiffError(f"attention needs q, k and v of one floating-point dtype; given {q.dtype}, {k.dtype}, {v.dtype}")
+    if residual is not None and (residual.shape != q.shape or residual.dtype != q.dtype):
+        given = f"{tuple(residual.shape)} {residual.dtype}"
+        raise FastdiffError(f"attention's residual must have q's shape and dtype, {tuple(q.shape)} {q.dtype}; given {given}")
+
+
+def why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why the kernel does not take these inputs and torch runs instead; None where it runs."""
+    if reason := missing_triton(q.device):
+        return reason
+    if q.dtype not in DTYPES:  # tensor cores would round float32 to 10 bits, which torch does not do unasked
+        return f"the kernel takes float16 and bfloat16; given {q.dtype}"
+    if not HEADS[0] <= q.shape[3] <= HEADS[1]:
+        return f"the kernel takes heads of {HEADS[0]} to {HEADS[1]}; given {q.shape[3]}"
+    if q.numel() == 0:
+        return "the input is empty"
+    # offsets inside a sample are 32 bits
+    if any(sum((n - 1) * step for n, step in zip(x.shape[1:], x.stride()[1:], strict=True)) >= 2**31 for x in (q, k, v)):
+        return "one sample spans 2^31 elements or more"
+    return None
+
+
+@torch.library.custom_op(
+    "fastdiff::attention", mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? residual, float? scale) -> Tensor",
+)  # fmt: skip
+def attention(q: Tensor, k: Tensor, v: Tensor, residual: Tensor | None, scale: float | None) -> Tensor:
+    """softmax(q k^T scale) v + residual, of q's shape; scale None is 1 / sqrt(d)."""
+    check(q, k, v, residual)
+    if why_not(q, k, v) is None:
+        from .attention_triton import forward
+
+        with torch.cuda.device(q.device):
+            return forward(q, k, v, residual, scale)
+    return like(q).copy_(reference(q, k, v, residual, scale))
+
+
+@attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, residual: Tensor | None, scale: float | None) -> Tensor:
+    check(q, k, v, residual)
+    return like(q)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, residual, ctx.scale = inputs
+    ctx.residual = residual is not None
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+    """torch's: the forward is made again by scaled_dot_product_attention and gone back through. A kernel of our own does not
+    exist."""
+    with torch.enable_grad():
+        q, k, v = leaves = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+        out = F.scaled_dot_product_attention(q, k, v, scale=ctx.scale)
+    return *torch.autograd.grad(out, leaves, dout), dout if ctx.residual else None, None
+
+
+attention.register_autograd(_gradients, setup_context=_save)
+
+
+def _to_onnx(q: Any, k: Any, v: Any, residual: Any, scale: float | None) -> Any:
+    """attention as MatMul and Softmax, which every runtime fuses by itself; q and k each take the root of the scale, so that no
+    product leaves float16."""
+    import numpy as np
+    import onnx_ir
+    from onnxscript import opset18
+
+    op: Any = opset18
+    root = (q.shape[3] ** -0.5 if scale is None else scale) ** 0.5
+    factor = op.CastLike(op.Constant(value=onnx_ir.tensor(np.array(root, np.float32))), q)
+    scores = op.MatMul(op.Mul(q, factor), op.Mul(op.Transpose(k, perm=[0, 1, 3, 2]), factor))
+    out = op.MatMul(op.Softmax(scores, axis=-1), v)
+    return out if residual is None else op.Add(out, residual)
+
+
+def onnx_table() -> dict[Any, Any]:
+    """For torch.onnx.export(..., custom_translation_table=)."""
+    return {torch.ops.fastdiff.attention.default: _to_onnx}

@@ -1,0 +1,181 @@
+"""The Triton kernel of attention and its launcher; imported only where triton is.
+
+A program takes one block of queries of one head and walks over the keys with a running maximum and sum (Milakov and Gimelshein
+2018, algorithm 3; Dao et al. 2022), or, where all keys fit in one tile, takes them at once. A head that is no power of two is cut
+into two parts that are: 80 = 64 + 16, 160 = 128 + 32; 40 is 32 + 16, half of the 16 empty, since tensor cores sum over 16 at
+least. Scores, softmax and sums are float32; the softmax's weights are rounded to v's dtype before they meet v, as torch does.
+
+Block sizes depend on one sample's shape alone, so a sample's result is bit-equal alone and among others.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .attention import like
+
+# Keys taken as one tile, by the width that a head takes on chip. Twice as many spill on sm_80: 256 keys of a head of 80 take 255
+# registers and 112 bytes of stack with 8 warps, 128 keys of a head of 160 take 352 bytes with 4.
+SINGLE = {16: 128, 32: 128, 48: 128, 64: 128, 80: 128, 96: 128, 128: 128, 144: 64, 160: 64, 192: 64}
+
+
+@triton.jit
+def load(base, rows, columns, row_step, column_step, rows_end, columns_end, WHOLE: tl.constexpr):
+    """A tile, 0 outside; WHOLE where no column lies outside."""
+    inside = (rows < rows_end)[:, None]
+    if not WHOLE:
+        inside = inside & (columns < columns_end)[None, :]
+    return tl.load(base + rows[:, None] * row_step + columns[None, :] * column_step, inside, other=0.0)
+
+
+@triton.jit
+def product(a, b, UPCAST: tl.constexpr):
+    """a b in float32. The interpreter cannot multiply bfloat16: UPCAST, never set on a GPU, widens what was rounded before."""
+    return tl.dot(a.to(tl.float32), b.to(tl.float32)) if UPCAST else tl.dot(a, b)
+
+
+@triton.jit
+def scores(q0, q1, k, n, steps, keys, scale, HEAD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UPCAST: tl.constexpr):
+    """q k^T scale against keys n; -inf beyond the last."""
+    k0 = load(k, n, tl.arange(0, D0), steps[2], steps[3], keys, HEAD, D0 <= HEAD)
+    s = product(q0, tl.trans(k0), UPCAST)
+    if D1:
+        k1 = load(k, n, D0 + tl.arange(0, D1), steps[2], steps[3], keys, HEAD, D0 + D1 <= HEAD)
+        s += product(q1, tl.trans(k1), UPCAST)
+    return tl.where((n < keys)[None, :], s * scale, float("-inf"))
+
+
+@triton.jit
+def weighted(p, v, n, steps, keys, HEAD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UPCAST: tl.constexpr):
+    """p v, in the head's two parts."""
+    p = p.to(v.dtype.element_ty)
+    out0 = product(p, load(v, n, tl.arange(0, D0), steps[2], steps[3], keys, HEAD, D0 <= HEAD), UPCAST)
+    out1 = out0
+    if D1:
+        v1 = load(v, n, D0 + tl.arange(0, D1), steps[2], steps[3], keys, HEAD, D0 + D1 <= HEAD)
+        out1 = product(p, v1, UPCAST)
+    return out0, out1
+
+
+@triton.jit
+def store(value, residual, out, m, d, residual_steps, steps, queries, HEAD: tl.constexpr, WHOLE: tl.constexpr):
+    """A part of the result, the residual added."""
+    inside = (m < queries)[:, None]
+    if not WHOLE:
+        inside = inside & (d < HEAD)[None, :]
+    if residual is not None:
+        value += load(residual, m, d, residual_steps[2], residual_steps[3], queries, HEAD, WHOLE).to(tl.float32)
+    tl.store(out + m[:, None] * steps[2] + d[None, :] * steps[3], value.to(out.dtype.element_ty), inside)
+
+
+@triton.jit
+def attend(
+    q, k, v, residual, out, scale, heads, queries, keys, q_steps, k_steps, v_steps, residual_steps, out_steps,
+    HEAD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SINGLE: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """One program a (sample, head, block of queries). Steps are strides over (sample, head, position, element); scale is in
+    powers of two: log2(e) times softmax's."""
+    blocks = tl.cdiv(queries, BLOCK_M)
+    part, rest = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    b, h = (rest // heads).to(tl.int64), (rest % heads).to(tl.int64)
+    q += b * q_steps[0] + h * q_steps[1]
+    k += b * k_steps[0] + h * k_steps[1]
+    v += b * v_steps[0] + h * v_steps[1]
+    out += b * out_steps[0] + h * out_steps[1]
+    if residual is not None:
+        residual += b * residual_steps[0] + h * residual_steps[1]
+    m, n = part * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    q0 = load(q, m, tl.arange(0, D0), q_steps[2], q_steps[3], queries, HEAD, D0 <= HEAD)
+    q1 = q0
+    if D1:
+        q1 = load(q, m, D0 + tl.arange(0, D1), q_steps[2], q_steps[3], queries, HEAD, D0 + D1 <= HEAD)
+    if SINGLE:
+        s = scores(q0, q1, k, n, k_steps, keys, scale, HEAD, D0, D1, UPCAST)
+        p = tl.exp2(s - tl.max(s, 1)[:, None])
+        total = tl.sum(p, 1)
+        out0, out1 = weighted(p, v, n, v_steps, keys, HEAD, D0, D1, UPCAST)
+    else:
+        highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        out0 = tl.zeros((BLOCK_M, D0), tl.float32)
+        out1 = out0
+        if D1:
+            out1 = tl.zeros((BLOCK_M, D1), tl.float32)
+        for first in range(0, keys, BLOCK_N):
+            s = scores(q0, q1, k, first + n, k_steps, keys, scale, HEAD, D0, D1, UPCAST)
+            higher = tl.maximum(highest, tl.max(s, 1))  # finite: every block holds a key
+            p = tl.exp2(s - higher[:, None])
+            fade = tl.exp2(highest - higher)
+            total = total * fade + tl.sum(p, 1)
+            more0, more1 = weighted(p, v, first + n, v_steps, keys, HEAD, D0, D1, UPCAST)
+            out0 = out0 * fade[:, None] + more0
+            if D1:
+                out1 = out1 * fade[:, None] + more1
+            highest = higher
+    store(out0 / total[:, None], residual, out, m, tl.arange(0, D0), residual_steps, out_steps, queries, HEAD, D0 <= HEAD)
+    if D1:
+        d1 = D0 + tl.arange(0, D1)
+        store(out1 / total[:, None], residual, out, m, d1, residual_steps, out_steps, queries, HEAD, D0 + D1 <= HEAD)
+
+
+def parts(head: int) -> tuple[int, int]:
+    """A head's size as one or two powers of two, 16 at least, that hold it with the fewest empty places."""
+    whole = max(16, triton.next_power_of_2(head))
+    half = whole // 2
+    rest = max(16, triton.next_power_of_2(max(head - half, 1)))
+    return (half, rest) if half >= 16 and half < head and half + rest < whole else (whole, 0)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How a head's attention is cut; from one sample's shape alone."""
+
+    block_m: int
+    block_n: int
+    single: bool
+    warps: int
+    stages: int
+
+    @classmethod
+    def of(cls, head: int, queries: int, keys: int) -> Blocks:
+        width = sum(parts(head))
+        if keys <= SINGLE.get(width, 0):
+            return cls(64, max(16, triton.next_power_of_2(keys)), True, 4, 1)
+        if width > 128:
+            return cls(64, 32, False, 4 if width <= 160 else 8, 2)
+        return cls(128, 64, False, 8, 2) if queries >= 2048 else cls(64, 64, False, 4, 2)
+
+    def options(self, head: int) -> dict[str, Any]:
+        d0, d1 = parts(head)
+        return {
+            "HEAD": head, "D0": d0, "D1": d1, "BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "SINGLE": self.single,
+            "num_warps": self.warps, "num_stages": self.stages,
+        }  # fmt: skip
+
+
+def interpreted() -> bool:
+    """Whether Triton interprets the kernel here."""
+    return not isinstance(attend, triton.JITFunction)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, residual: Tensor | None, scale: float | None) -> Tensor:
+    """softmax(q k^T scale) v + residual, laid out as `attention.like`. The contract is `attention.why_not`."""
+    batch, heads, queries, head = q.shape
+    keys, out = k.shape[2], like(q)
+    cut = Blocks.of(head, queries, keys)
+    grid = (batch * heads * triton.cdiv(queries, cut.block_m),)
+    base_two = (head**-0.5 if scale is None else scale) * math.log2(math.e)
+    attend[grid](
+        q, k, v, residual, out, base_two, heads, queries, keys, q.stride(), k.stride(), v.stride(),
+        (0, 0, 0, 0) if residual is None else residual.stride(), out.stride(),
+        UPCAST=interpreted() and q.dtype == torch.bfloat16, **cut.options(head),
+    )  # fmt: skip
+    return out

@@ -1,0 +1,131 @@
+"""The Triton kernel of attention, in the interpreter against float64 and through the compiler for three GPUs."""
+
+import numpy as np
+import pytest
+import torch
+from gates import compiled
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastdiff.kernels import attention as m
+
+DTYPES = [torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(scope="module")
+def kernel():
+    from fastdiff.kernels import attention_triton
+
+    return attention_triton
+
+
+@pytest.fixture
+def loop(kernel, monkeypatch):
+    """Never one tile, and tiles so small that few keys make several."""
+    import triton
+
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9) and tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4):
+        pytest.skip("the interpreter of triton 3.6 cannot loop up to a loaded number with numpy 2.4 (3.9 can)")
+    monkeypatch.setattr(kernel.Blocks, "of", lambda head, queries, keys: kernel.Blocks(16, 16, False, 4, 2))
+
+
+def draw(*shape, seed, dtype):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def tensors(batch, heads, queries, keys, head, dtype=torch.float16):
+    sizes = (queries, keys, keys)
+    return [draw(batch, heads, n, head, seed=i, dtype=dtype) for i, n in enumerate(sizes)]
+
+
+def agree(kernel, q, k, v, residual=None, scale=None):
+    """Against float64: at most twice torch's own error in that dtype, plus one unit of rounding."""
+    got = kernel.forward(q, k, v, residual, scale)
+    exact = m.reference(*(None if x is None else x.double() for x in (q, k, v, residual)), scale)
+    own = (m.reference(q, k, v, residual, scale).double() - exact).abs().max()
+    assert got.shape == q.shape and got.dtype == q.dtype and got.stride() == m.like(q).stride()
+    assert (got.double() - exact).abs().max() <= 2 * own + torch.finfo(q.dtype).eps * exact.abs().max()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head", [8, 40, 80, 64])
+def test_one_tile(kernel, dtype, head):
+    agree(kernel, *tensors(1, 2, 19, 19, head, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("head", "queries", "keys"), [(8, 16, 16), (40, 20, 37), (160, 5, 33), (72, 17, 48)])
+def test_many_tiles(kernel, loop, dtype, head, queries, keys):
+    agree(kernel, *tensors(1, 1, queries, keys, head, dtype))
+
+
+def test_cross_residual_and_scale(kernel):
+    q, k, v = tensors(2, 2, 33, 7, 40)
+    agree(kernel, q, k, v, draw(2, 2, 33, 40, seed=9, dtype=q.dtype), 0.3)
+
+
+def test_scores_that_would_overflow(kernel, loop):
+    """Logits of several hundred, the largest in the last tile: exp of them would be infinite."""
+    q, k, v = tensors(1, 1, 4, 40, 16)
+    agree(kernel, 30 * q, k * torch.linspace(1, 4, 40).half()[:, None], v)
+
+
+def test_fused_projections_are_read_in_place(kernel):
+    """(B, S, 3 H d), and (B, 3 H d, S) in both orders that our U-Nets know; the result lies as the next projection reads it."""
+    rows = draw(2, 9, 3 * 2 * 16, seed=1, dtype=torch.float16)
+    q, k, v = (x.unflatten(-1, (2, 16)).transpose(1, 2) for x in rows.chunk(3, -1))
+    agree(kernel, q, k, v)
+    assert m.like(q).transpose(1, 2).reshape(2, 9, 32).is_contiguous() and m.like(q).transpose(1, 2).is_contiguous()
+    columns = rows.transpose(1, 2).contiguous()
+    for parts in (columns.view(2, 3, 2, 16, 9).unbind(1), columns.view(2, 2, 3, 16, 9).unbind(2)):
+        q, k, v = (x.transpose(-1, -2) for x in parts)
+        agree(kernel, q, k, v)
+        assert m.like(q).transpose(-1, -2).is_contiguous()
+
+
+def test_a_sample_does_not_depend_on_its_neighbours(kernel):
+    q, k, v = tensors(2, 1, 12, 12, 40)
+    whole = kernel.forward(q, k, v, None, None)
+    assert torch.equal(kernel.forward(q[1:], k[1:], v[1:], None, None), whole[1:])
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_no_access_outside(kernel, cut, request, monkeypatch):
+    """Every tensor lies between walls of NaN: what is read beyond one poisons a result, what is written breaks a wall."""
+    if cut:
+        request.getfixturevalue("loop")
+    walls = [guarded(x) for x in tensors(1, 1, 21, 35, 24)]
+    monkeypatch.setattr(kernel, "like", lambda q: walls.append(guarded(torch.zeros_like(q))) or walls[-1][1])
+    q, k, v = (inner for _, inner in walls)
+    out = kernel.forward(q, k, v, None, None)
+    torch.testing.assert_close(out, m.reference(q, k, v), rtol=2e-3, atol=2e-3)
+    assert len(walls) == 4
+    for buffer, _ in walls:
+        assert buffer[:512].isnan().all() and buffer[-512:].isnan().all()
+
+
+def guarded(x):
+    buffer = torch.full((x.numel() + 1024,), torch.nan, dtype=x.dtype)
+    inner = buffer[512:-512].view(x.shape)
+    return buffer, inner.copy_(x)
+
+
+@pytest.mark.parametrize(
+    ("head", "held"), [(8, 16), (16, 16), (24, 32), (40, 48), (64, 64), (72, 80), (80, 80), (112, 128), (160, 160), (200, 256)]
+)
+def test_parts_hold_a_head_with_little_to_spare(kernel, head, held):
+    assert sum(kernel.parts(head)) == held
+
+
+@pytest.mark.slow
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_any_shape(kernel, data):
+    sizes = [data.draw(st.integers(1, n)) for n in (2, 3, 80, 80)]
+    agree(kernel, *tensors(*sizes, data.draw(st.integers(8, 256)), data.draw(st.sampled_from(DTYPES))))
+
+
+@pytest.mark.parametrize("everything", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_compiled_kernel_does_not_spill(everything):
+    """99 KB of shared memory are what a program may have on the smallest of these GPUs (sm_86)."""
+    assert all(f["shared"] <= 99 * 1024 for f in compiled("attention", everything))
