@@ -10,18 +10,19 @@ from torch import Tensor, nn
 
 from .denoiser import Denoiser
 from .errors import FastdiffError
+from .noise import stacked
 from .plans import Plan
 from .sampling import DenoiserLike, Executor, given_plan, run
 
 # else torch counts the graphs of all samplers together, and the ninth plan or shape of a process is an error (torch < 2.13)
-ISOLATED = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
+ISOLATED: dict[str, Any] = dict.fromkeys({"isolate_recompiles"} & set(inspect.signature(torch.compile).parameters), True)
 
 
 class Sampler(nn.Module):
     """A denoiser and a plan as a module that `torch.compile(fullgraph=True)` and `torch.export` take whole: the loop unrolls,
     the weights are its constants, the networks its submodules.
 
-    Guidance by gradients does not go with it (torch traces no gradient inside a graph). Conditions are those bound now.
+    Conditions are those bound now. Guidance by gradients does not go with it: torch traces no torch.autograd.grad.
     """
 
     def __init__(self, denoiser: DenoiserLike, plan: Plan | None = None) -> None:
@@ -31,7 +32,7 @@ class Sampler(nn.Module):
         networks = {id(leaf.network): leaf.network for leaf in leaves if isinstance(leaf.network, nn.Module)}
         self.networks = nn.ModuleList(networks.values())
         # what a trace must find ready: the registers, and what the denoiser computes for each time on the host
-        self.program = self.plan.program
+        self.program, self.draws = self.plan.program, self.plan.draws
         for step in self.program.steps:
             if step.call and isinstance(denoiser, Denoiser):
                 denoiser.choices(step.t)
@@ -45,14 +46,9 @@ class Sampler(nn.Module):
             FastdiffError: another number of noises than the plan draws.
         """
         given = 0 if noises is None else noises.shape[0]
-        if given != self.plan.draws:
-            raise FastdiffError(f"plan {self.plan.name} draws {self.plan.draws} noises; given {given}")
-
-        def source(draw: int, *_: Any) -> Tensor:
-            assert noises is not None
-            return noises[draw - 1]
-
-        return run(self.denoiser, self.program, x, source)
+        if given != self.draws:
+            raise FastdiffError(f"plan {self.plan.name} draws {self.draws} noises; given {given}")
+        return run(self.denoiser, self.program, x, None if noises is None else stacked(noises))
 
 
 class Compiled(Executor):
@@ -60,7 +56,7 @@ class Compiled(Executor):
 
     def __init__(self, denoiser: DenoiserLike, plan: Plan | None = None, **options: Any) -> None:
         super().__init__(denoiser, plan)
-        self.sampler = torch.compile(Sampler(denoiser, self.plan), fullgraph=True, **ISOLATED, **options)
+        self.sampler = torch.compile(Sampler(denoiser, self.plan), fullgraph=True, **{**ISOLATED, **options})
 
     def execute(self, x: Tensor, noises: Tensor) -> Tensor:
         return self.sampler(x, noises)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .denoiser import Denoiser
 from .errors import FastdiffError
+from .noise import stacked
 from .plans import Plan
 from .prediction import Coefficients
 from .program import Program
@@ -197,7 +198,7 @@ class Captured(Executor):
 
         def loop() -> None:
             with _known(self.denoiser, levels):
-                capture.out.copy_(run(self.denoiser, program, capture.x, lambda draw, *_: capture.noises[draw - 1]))
+                capture.out.copy_(run(self.denoiser, program, capture.x, stacked(capture.noises)))
 
         return loop
 

@@ -8,7 +8,7 @@ exported engines can make the same images.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -99,4 +99,10 @@ def recorded(noises: Sequence[Tensor]) -> NoiseSource:
     return source
 
 
-Drawer = Callable[[int], Tensor]
+def stacked(noises: Tensor) -> NoiseSource:
+    """A plan's draws in order, (draws, B, *shape), without the start noise."""
+
+    def source(draw: int, shape: Sequence[int], device: torch.device) -> Tensor:
+        return noises[draw - 1]
+
+    return source

@@ -75,10 +75,10 @@ class Program:
 def compile_program(plan: Plan) -> Program:
     """Registers by linear scan over the last use of each history entry and noise."""
     named = _named_rows(plan)
-    last_use = {name: i for i, row in enumerate(named) for name, _ in (*row.next, *row.base)}
-    for i, row in enumerate(named):
-        if row.drawn is not None:
-            last_use.setdefault(row.drawn, i)  # a noise that nothing weighs is drawn all the same: draw k stays draw k
+    last_use = {name: i for i, names in enumerate(named) for name, _ in (*names.next, *names.base)}
+    for i, names in enumerate(named):
+        if names.drawn is not None:
+            last_use.setdefault(names.drawn, i)  # a noise that nothing weighs is drawn all the same: draw k stays draw k
     last_use.setdefault("z", -1)
     registers = _Registers(last_use)
     opening = None

@@ -240,11 +240,11 @@ def _sum(registers: dict[int, Any], terms: Terms) -> Tensor:
 
 
 def _add(total: Tensor, x: Tensor, w: Weight) -> Tensor:
-    """total += w*x. The two ways round alike or to the last bit: a float is handed to the kernel, a 0-d tensor read by it."""
+    """total += w*x, in place: a float is handed to the kernel, a 0-d tensor read by it."""
     return total.add_(x, alpha=w) if isinstance(w, float) else total.addcmul_(x, w)
 
 
-def _pair(y: Tensor, p: Weight | None, d: Tensor | None, q: Weight | None) -> Tensor:
+def _pair(y: Tensor, p: Weight, d: Tensor | None, q: Weight) -> Tensor:
     if d is None or q is None:
         return y * p
     return d * q if p is None else _add(y * p, d, q)

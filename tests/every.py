@@ -45,10 +45,6 @@ def given(plan, dtype=torch.float64):
     return (drawn[0] * float(np.float32(plan.start[1]))).to(dtype), drawn[1:].to(dtype)
 
 
-def source_of(noises):
-    return lambda draw, shape, device: noises[draw - 1]
-
-
 def points_of(plan, den, start, noises):
     """What the reference executor makes of a plan: every point, and the sample."""
 

@@ -7,6 +7,7 @@ import torch
 import fastdiff as fd
 from fastdiff.compiled import Sampler
 from fastdiff.errors import FastdiffError
+from fastdiff.noise import stacked
 from fastdiff.sampling import run
 
 FAST = ("unipc-2", "ddpm learned", "noise first")  # a predictor-corrector, learned variance, a noise before the first row
@@ -42,7 +43,7 @@ def test_the_loop_compiles_as_one_graph(case):
         return graph.forward
 
     found = fd.compile(den, plan, backend=backend).execute(start, noises)
-    assert torch.equal(found, run(den, plan, start, every.source_of(noises)))
+    assert torch.equal(found, run(den, plan, start, stacked(noises)))
     assert len(graphs) == 1
     calls = [node for node in graphs[0].graph.nodes if node.target is torch.tanh]  # one in each call of the network
     assert len(calls) == plan.nfe == CALLS
@@ -54,10 +55,10 @@ def test_the_loop_exports(case):
     plan, den = make(case), every.denoiser()
     start, noises = given(plan)
     program = torch.export.export(Sampler(den, plan), (start, noises))
-    wanted = run(den, plan, start, every.source_of(noises))
+    wanted = run(den, plan, start, stacked(noises))
     assert torch.equal(program.module()(start, noises), wanted)
     other = torch.flip(start, (0,))  # the inputs are read, not baked in
-    assert torch.equal(program.module()(other, noises), run(den, plan, other, every.source_of(noises)))
+    assert torch.equal(program.module()(other, noises), run(den, plan, other, stacked(noises)))
 
 
 class Weighted(torch.nn.Module):

@@ -7,6 +7,7 @@ import torch
 import fastdiff as fd
 from fastdiff.errors import FastdiffError
 from fastdiff.graph import Captured, Layout, Moment
+from fastdiff.noise import stacked
 from fastdiff.sampling import run
 
 CPU = torch.device("cpu")
@@ -18,7 +19,7 @@ def captured(den, plan, device=CPU):
 
 
 def eager(den, plan, start, noises):
-    return run(den, plan, start, every.source_of(noises))
+    return run(den, plan, start, stacked(noises))
 
 
 @every.every

@@ -13,6 +13,7 @@ from analytic import BIMODAL, interpret
 
 import fastdiff as fd
 from fastdiff.errors import FastdiffError, NonFiniteError
+from fastdiff.noise import stacked
 from fastdiff.sampling import run
 
 SCHEDULE = fd.schedule.vp_cosine()
@@ -201,7 +202,7 @@ def test_the_loop_never_waits_for_the_device(case):
     with every.NoReads():
         out = run(den, plan, start.as_subclass(Device), source, callback=lambda i, y: None)
     assert isinstance(out, Device) and calls == plan.draws
-    assert torch.equal(out.as_subclass(torch.Tensor), run(den, plan, start, every.source_of(noises)))
+    assert torch.equal(out.as_subclass(torch.Tensor), run(den, plan, start, stacked(noises)))
 
 
 def test_the_guard_itself_works():

@@ -33,10 +33,11 @@ CLASSIFIER: dict[str, Any] = {
     "classifier_use_scale_shift_norm": True, "classifier_resblock_updown": True, "classifier_pool": "attention",
 }  # fmt: skip
 DIFFUSION: dict[str, Any] = {
-    "learn_sigma": False, "diffusion_steps": 1000, "noise_schedule": "linear", "predict_xstart": False, "rescale_timesteps": None,
+    "learn_sigma": False, "sigma_small": False, "diffusion_steps": 1000, "noise_schedule": "linear", "predict_xstart": False,
+    "rescale_timesteps": None,
 }  # fmt: skip
 IDLE = (  # flags of the same command lines that say how to train or sample, not what the network is
-    "use_fp16", "classifier_use_fp16", "use_checkpoint", "timestep_respacing", "use_kl", "rescale_learned_sigmas", "sigma_small",
+    "use_fp16", "classifier_use_fp16", "use_checkpoint", "timestep_respacing", "use_kl", "rescale_learned_sigmas",
     "batch_size", "num_samples", "use_ddim", "model_path", "classifier_path", "classifier_scale", "clip_denoised", "lr",
     "save_interval", "weight_decay", "ema_rate", "anneal_lr", "iterations", "data_dir", "microbatch",
 )  # fmt: skip
@@ -74,7 +75,8 @@ def from_weights(weights: Weights, options: Options) -> Denoiser:
     }  # fmt: skip
     denoiser = native.describe(path, description, lambda config: build(lambda: UNet(config), tensors, path, options.dtype))
     denoiser.hash = weights.hash
-    denoiser.info["format"] = "guided-diffusion"
+    fixed = "small" if flags["sigma_small"] else "large"
+    denoiser.info |= {"format": "guided-diffusion", "variance": "learned" if flags["learn_sigma"] else fixed}
     return denoiser
 
 

@@ -59,7 +59,7 @@ def load(folder: Path, options: Options) -> Denoiser:
     names = index.get("id2label")
     denoiser.info = {
         "format": f"diffusers {index.get('_class_name') or config['_class_name']}", "network": dict(config),
-        "class_names": _class_names(names) if isinstance(names, dict) else None,
+        "class_names": _class_names(names) if isinstance(names, dict) else None, "variance": process.variance,
     }  # fmt: skip
     if whole and (autoencoder := _component(folder, index, AUTOENCODERS)) is not None:
         denoiser.decoder = _decoder(autoencoder, options.dtype)

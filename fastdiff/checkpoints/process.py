@@ -20,6 +20,10 @@ from ..errors import CheckpointError, FastdiffError
 from ..schedule import NoiseSchedule, edm, flow, ve, vp_from_alphas_cumprod
 
 PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v", "flow_prediction": "flow"}
+VARIANCES = {  # of DDPM's step -> the solver ddpm's; "learned", a log variance of the network's own, is none of its
+    "fixed_small": "small", "fixed_small_log": "small", "fixed_large": "large", "fixed_large_log": "large",
+    "learned_range": "learned", "learned": None, "": None,
+}  # fmt: skip
 MOST_STEPS = 100_000  # of training; 1,000 is common
 BETAS = (
     "DDPM", "DDPMParallel", "DDIM", "DDIMParallel", "DDIMInverse", "PNDM", "LMSDiscrete", "EulerDiscrete",
@@ -38,6 +42,7 @@ class Process:
     prediction: str
     time: Callable[[Any], Any] | None = None
     output: Callable[[Any], Tensor] | None = None
+    variance: str | None = None  # for fd.plan("ddpm", ..., variance=): what the network was trained or recommended with
 
 
 def betas(name: str, start: float, end: float, steps: int) -> np.ndarray:
@@ -145,7 +150,9 @@ def _discrete(get: Callable[..., Any], where: Path) -> Process:
     schedule = from_betas(values)
     if get("rescale_betas_zero_snr", bool, False):
         schedule = schedule.zero_terminal_snr()
-    return Process(schedule, prediction)
+    if (variance := get("variance_type", str, "")) not in VARIANCES:
+        raise FastdiffError(f"variance_type {variance[:60]!r} is not known; {', '.join(v for v in VARIANCES if v)} are")
+    return Process(schedule, prediction, variance=VARIANCES[variance])
 
 
 def _edm(get: Callable[..., Any], where: Path) -> Process:

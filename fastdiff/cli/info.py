@@ -98,11 +98,12 @@ def _checkpoint(name: str) -> dict[str, Any]:
     denoiser = load(name)
     return {
         "path": name,
-        "format": denoiser.info.get("format", "fastdiff"),
+        "format": form if isinstance(form := denoiser.info.get("format"), str) else "fastdiff",  # ours have a number
         "shape": list(denoiser.shape or ()),
         "parameters": count_parameters([network]) if isinstance(network := denoiser.network, Module) else None,
         "prediction": denoiser.prediction,
         "schedule": _short(denoiser.schedule.config()),
+        "DDPM variance": denoiser.info.get("variance"),
         "data range": list(denoiser.data_range),
         "classes": list(class_names(denoiser, name)),
         "decoder": None if denoiser.decoder is None else str(getattr(denoiser.decoder, "name", "yes")),

@@ -181,7 +181,10 @@ def make_peer(class_name: str, config: Config) -> Any:
         raise FastdiffError(f"{class_name}: {' '.join(str(e).split())}") from None
     if not known:
         raise FastdiffError(f"diffusers has no scheduler class {class_name!r}")
-    return cls.from_config({k: v for k, v in config.items() if k != "_class_name"})
+    try:
+        return cls.from_config({k: v for k, v in config.items() if k != "_class_name"})
+    except (TypeError, ValueError) as e:
+        raise FastdiffError(f"{class_name} cannot be made from this config: {' '.join(str(e).split())}") from None
 
 
 def is_flow(config: Config) -> bool:

@@ -38,7 +38,7 @@ def build_pndm_by_calls(
 
     The first calls are its start: twelve of three pseudo Runge-Kutta steps, or two of one step that is taken twice. It finds the
     level that a step starts from and goes to by the time that the call is told, so a list that begins later (image-to-image),
-    or whose times are no `stride` apart, leaves the levels of the state behind; what v means there is not eps either.
+    or whose times are no `stride` apart, leaves the levels of the state behind; so does a combination of v of several levels.
     """
     tape, form = Tape(), Noise(schedule, "equal")
     kept: list[int] = []  # the calls that the multistep formula weighs, newest first

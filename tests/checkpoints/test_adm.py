@@ -50,6 +50,8 @@ def test_schedule_prediction_and_time_are_the_flags(tmp_path):
     found = improved.schedule.alpha(np.arange(4000.0)) ** 2
     assert np.allclose(found, wanted, rtol=1e-9, atol=0) and improved.time(2000.0) == 500.0  # rescale_timesteps
     assert fd.load(saved(tmp_path, "adm new-order")).prediction == "x0"
+    assert (guided.info["variance"], improved.info["variance"]) == ("learned", "large")
+    assert fd.load(saved(tmp_path, "adm improved", sigma_small=True)).info["variance"] == "small"
 
 
 def test_files_before_the_zip_format_and_safetensors(tmp_path):

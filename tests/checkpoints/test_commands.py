@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from diffusers import DDPMScheduler
+from safetensors.torch import save_file
 
 import fastdiff as fd
 from fastdiff.bench import converged
@@ -59,6 +60,58 @@ def test_prompts(fastdiff, tmp_path):
     run(fastdiff, *common, "--prompt", "dog", "--out", "dog")
     pictures = [(fastdiff.folder / name / "seed000000.png").read_bytes() for name in ("cat", "dog")]
     assert pictures[0] != pictures[1]
+
+
+def guided_diffusion(folder):
+    case = peer_networks.cases()["adm guided"]
+    torch.save(peer_networks.weights(case["weights"]), folder / "model.pt")
+    (folder / "model.json").write_text(json.dumps(case["config"]))
+    return folder / "model.pt", "guided-diffusion"
+
+
+def edm(folder):
+    weights = {f"model.{k}": v for k, v in peer_networks.weights(peer_networks.cases()["edm ddpm++"]["weights"]).items()}
+    save_file(weights, folder / "edm.safetensors", metadata={"class_name": "VPPrecond"})
+    return folder / "edm.safetensors", "EDM, DDPM++, VPPrecond"
+
+
+def own(folder):
+    return tiny.checkpoint(folder / "own.safetensors"), "fastdiff"
+
+
+def k_diffusion(folder):
+    import test_kdiffusion
+
+    pytest.importorskip("k_diffusion.config", reason="k-diffusion is not installed", exc_type=ImportError)
+    config = test_kdiffusion.CONFIGS["transformer of classes"]
+    return test_kdiffusion.saved(folder, test_kdiffusion.made(config)[0], config), "k-diffusion, image_transformer_v1"
+
+
+@pytest.mark.parametrize("family", [own, edm, guided_diffusion, k_diffusion], ids=lambda f: f.__name__)
+def test_files_of_every_family(family, fastdiff, tmp_path, monkeypatch):
+    """.onnx files: test_onnx.py; diffusers folders: above; engines: tests/export."""
+    monkeypatch.setattr(converged, "FIRST_STEPS", 2)
+    monkeypatch.setattr(converged, "MOST_STEPS", 4)
+    path, form = family(tmp_path)
+    info = json.loads(run(fastdiff, "info", path, "--json"))["checkpoint"]
+    assert info["format"] == form and info["parameters"] > 1000 and len(info["sha256"]) == 64
+    assert info["schedule"]["name"] and info["prediction"] and len(info["shape"]) == 3
+    run(fastdiff, "sample", path, "--nfe", 2, "--seeds", "0", "--out", "o")
+    assert (fastdiff.folder / "o" / "grid.png").exists()
+    run(fastdiff, "bench", path, "--solvers", "ddim", "--nfe", "2", "--n", 2, "--out", "b")
+    assert (fastdiff.folder / "b" / "report.html").exists()
+
+
+def test_a_stable_diffusion_file_says_what_it_wants(fastdiff, tmp_path):
+    """Its text encoder is not read: what it is can be asked, and a picture needs conditions that are bound in Python."""
+    import test_ldm
+
+    _, path = test_ldm.written(tmp_path, "v1", hub.make("AutoencoderKL", **test_ldm.KL))
+    info = json.loads(run(fastdiff, "info", path, "--json"))["checkpoint"]
+    assert info["format"] == "Stable Diffusion, one file" and info["decoder"] == "AutoencoderKL" and info["shape"] == [4, 64, 64]
+    for command in ("sample", "bench"):
+        code, _, err = fastdiff(command, path, "--nfe", 2)
+        assert code == 2 and len(err.strip().splitlines()) == 1 and "bind encoder_hidden_states" in err, err
 
 
 @pytest.mark.parametrize("command", ["info", "sample", "bench"])

@@ -133,6 +133,16 @@ def test_betas_prediction_and_terminal_snr_are_the_schedulers(name, config, tmp_
     assert process.prediction == kinds[scheduler.config.prediction_type] and process.time is None
 
 
+@pytest.mark.parametrize(("theirs", "ours"), [("fixed_small", "small"), ("fixed_large", "large"), ("learned_range", "learned")])
+def test_the_variance_type_is_ddpms(theirs, ours, tmp_path):
+    """What ddpm does with it is held against diffusers in tests/solvers/test_ddpm.py."""
+    scheduler = DDPMScheduler(**hub.VPS, variance_type=theirs)
+    den = fd.load(hub.save(tmp_path / "m", hub.make("DiTTransformer2DModel", **hub.DIT), scheduler)).bind(**LABELS)
+    plan = fd.plan("ddpm", den, nfe=3, variance=den.info["variance"])
+    assert den.info["variance"] == ours and plan.learned_variance == (ours == "learned")
+    assert fd.sample(den, plan, seeds=[0, 1]).isfinite().all()
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_an_edm_scheduler_preconditions_as_ours(prediction, tmp_path):
     model = hub.unet()

@@ -131,6 +131,22 @@ def test_weights_that_do_not_fit(tmp_path):
     refused(tmp_path / "b.safetensors", "extra")
 
 
+def test_the_first_ten_names_of_each_kind_are_told_and_how_many_there_are(tmp_path):
+    weights = tiny.network().state_dict()
+    names = sorted(weights)
+    kept = {k: v for k, v in weights.items() if k not in names[:12]}
+    misshapen = names[12:14]
+    kept |= {k: torch.zeros(7) for k in misshapen} | {f"extra.{i:02}": torch.zeros(1) for i in range(11)}
+    native.save(tmp_path / "a.safetensors", kept, tiny.description())
+    with pytest.raises(CheckpointError) as caught:
+        fd.load(tmp_path / "a.safetensors")
+    message = str(caught.value)
+    assert "12 missing (" in message and "11 unexpected (" in message and "2 misshapen (" in message
+    assert sum(name in message for name in names[:12]) == 10 and message.count(", ...)") == 2
+    assert "extra.09" in message and "extra.10" not in message
+    assert all(f"{name} (7,) for {tuple(weights[name].shape)}" in message for name in misshapen)
+
+
 def test_shipped_models_are_tied_to_their_hash(tmp_path, monkeypatch):
     path = tiny.checkpoint(tmp_path / "model.safetensors")
     (tmp_path / "hashes.json").write_text(json.dumps({"model.safetensors": sha256(path)}))

@@ -90,7 +90,7 @@ def test_entries_of_the_config(solver, changes):
 
 
 @pytest.mark.parametrize("solver", ["DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler",
-                                    "UniPCMultistepScheduler", "EulerAncestralDiscreteScheduler"])  # fmt: skip
+                                    "UniPCMultistepScheduler", "EulerAncestralDiscreteScheduler", "PNDMScheduler"])  # fmt: skip
 @pytest.mark.parametrize("cls", [diffusers.StableDiffusionImg2ImgPipeline, diffusers.StableDiffusionInpaintPipeline])
 def test_strength(cls, solver):
     theirs, ours = both(lambda: pipelines.sd(cls), 6, SD_CONFIG, solver, strength=0.7)
@@ -335,7 +335,9 @@ def test_bad_options(options, match):
 def test_bad_runs():
     for wrong, match in (({}, "entries are no class's: none"), ({"width": 3}, "entries are no class's: width"),
                          ({"sample_rate": 16000, "_class_name": "CosineDPMSolverMultistepScheduler"}, "torchsde|no noise"),
-                         ({"_class_name": "AmusedScheduler"}, "describes no noise schedule"),
+                         ({"_class_name": "AmusedScheduler"}, "AmusedScheduler cannot be made from this config: .*mask_token_id"),
+                         ({"_class_name": "ScoreSdeVeScheduler"}, "describes no noise schedule"),
+                         ({"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": 1, "use_beta_sigmas": 1}, "Only one"),
                          ({"_class_name": "UNet2DModel", "sample_size": 8}, "no scheduler class 'UNet2DModel'")):  # fmt: skip
         with pytest.raises(FastdiffError, match=match):
             Seat.from_config(wrong, solver="ddim").set_timesteps(5)
