@@ -76,7 +76,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, residual: Tensor | None = None) -> No
         raise FastdiffError(f"attention's residual must have q's shape and dtype, {tuple(q.shape)} {q.dtype}; given {given}")
 
 
-def why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+def why_not(q: Tensor, k: Tensor, v: Tensor, residual: Tensor | None = None) -> str | None:
     """Why the kernel does not take these inputs and torch runs instead; None where it runs."""
     if reason := missing_triton(q.device):
         return reason
@@ -87,7 +87,9 @@ def why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     if q.numel() == 0:
         return "the input is empty"
     # offsets inside a sample are 32 bits
-    if any(sum((n - 1) * step for n, step in zip(x.shape[1:], x.stride()[1:], strict=True)) >= 2**31 for x in (q, k, v)):
+    given = (q, k, v) if residual is None else (q, k, v, residual)
+    spans = [sum((n - 1) * step for n, step in zip(x.shape[1:], x.stride()[1:], strict=True)) for x in given]
+    if max(*spans, q[0].numel()) >= 2**31:
         return "one sample spans 2^31 elements or more"
     return None
 
@@ -99,7 +101,7 @@ def why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
 def attention(q: Tensor, k: Tensor, v: Tensor, residual: Tensor | None, scale: float | None) -> Tensor:
     """softmax(q k^T scale) v + residual, of q's shape; scale None is 1 / sqrt(d)."""
     check(q, k, v, residual)
-    if why_not(q, k, v) is None:
+    if why_not(q, k, v, residual) is None:
         from .attention_triton import forward
 
         with torch.cuda.device(q.device):

@@ -56,7 +56,7 @@ def noise(seed, counter, draw):
     return tl.interleave(tl.interleave(first, third), tl.interleave(second, fourth))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["draw"])  # else draw 1 and every 16th would be kernels of their own
 def rows(inputs, strides, outputs, weights, seeds, size, draw, BLOCK: tl.constexpr):
     """`inputs` and `outputs` are tuples of pointers; `strides` are the inputs' elements from one sample to the next."""
     pid = tl.program_id(0)
