@@ -126,14 +126,15 @@ def test_accepted_and_rejected_steps_are_counted_by_sample(schedule):
 
 
 def test_a_unet_in_a_batch_takes_the_steps_it_takes_alone(tmp_path):
-    """Within rounding, which convolutions do differently at another batch size (3e-4 seen: it moves the step sizes too)."""
-    den = fd.load(tiny.checkpoint(tmp_path / "a.safetensors"))
+    """Within rounding, which convolutions do differently at another batch size. In float64: this network of drawn weights is rough
+    in t, and float32's rounding, which moves the step sizes too, was seen to move a pixel by 3e-3."""
+    den = fd.load(tiny.checkpoint(tmp_path / "a.safetensors")).to(dtype=torch.float64)
     labels = torch.tensor([0, 1, 2])
-    options = {"rtol": 0.3, "atol": 0.3}
+    options = {"rtol": 0.3, "atol": 0.3, "dtype": torch.float64}
     whole = fd.sample_adaptive(den.bind(class_labels=labels), seeds=[0, 1, 2], **options)
     for i in range(3):
         alone = fd.sample_adaptive(den.bind(class_labels=labels[i : i + 1]), seeds=[i], **options)
-        torch.testing.assert_close(alone.x[0], whole.x[i], rtol=0, atol=2e-3)
+        torch.testing.assert_close(alone.x[0], whole.x[i], rtol=0, atol=1e-5)
         assert int(alone.accepted[0]) == int(whole.accepted[i]) and int(alone.nfe[0]) == int(whole.nfe[i])
     assert len(set(whole.nfe.tolist())) > 1, "they leave the batch one by one"
 
