@@ -126,8 +126,8 @@ def test_accepted_and_rejected_steps_are_counted_by_sample(schedule):
 
 
 def test_a_unet_in_a_batch_takes_the_steps_it_takes_alone(tmp_path):
-    """Within rounding, which convolutions do differently at another batch size. In float64: this network of drawn weights is rough
-    in t, and float32's rounding, which moves the step sizes too, was seen to move a pixel by 3e-3."""
+    """Within rounding, which convolutions do differently at another batch size. In float64: this network of drawn weights is
+    rough in t, and float32's rounding, which moves the step sizes too, was seen to move a pixel by 3e-3."""
     den = fd.load(tiny.checkpoint(tmp_path / "a.safetensors")).to(dtype=torch.float64)
     labels = torch.tensor([0, 1, 2])
     options = {"rtol": 0.3, "atol": 0.3, "dtype": torch.float64}
