@@ -92,7 +92,7 @@ def follow(run: Distiller, view: View | None, save_every: float) -> None:
             if view is not None and (line := view.look(p, done)):
                 say(line)
             bar.update(task, completed=done, description=what)
-            if run.world.any(interrupted()):
+            if interrupted():  # the run agrees with the other processes
                 raise KeyboardInterrupt
 
         run.run(show, save_every)

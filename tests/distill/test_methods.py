@@ -113,9 +113,9 @@ def test_the_least_loss_is_that_of_the_guided_teacher(teacher, images):
 
 @pytest.mark.slow
 def test_a_guided_student_follows_the_guided_teacher_with_half_the_calls(tmp_path):
-    """A teacher that knows its data; endpoints from noise that no update drew, at three scales, after the first stage. The rest is
-    training: 60 updates leave 1.07, 0.55 and 0.64 of the distance. (A teacher with drawn weights leads guidance to values of 6,
-    where no noised image has ever been: no student learns that from data.)"""
+    """A teacher that knows its data; endpoints from noise that no update drew, at three scales, after the first stage. It takes
+    updates: 60 leave 1.07, 0.55 and 0.64 of the distance. (A teacher with drawn weights guides to values of 6, where no noised
+    image has ever been: no student learns that from data.)"""
     images = load_images(tiny.npz(tmp_path / "x.npz"))
     settings = TrainConfig(steps=150, batch=16, lr=4e-3, warmup=10, ema=0.9, label_dropout=0.2, network=NETWORK)
     Trainer(settings, images, tmp_path / "teacher").run()
