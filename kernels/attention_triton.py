@@ -23,7 +23,7 @@ from .attention import like
 
 # Keys taken as one tile, by the width that a head takes on chip. Twice as many spill: 256 keys of a head of 80 take 255 registers
 # and 112 bytes of stack on sm_80, 128 keys of a head of 128 up to 160 bytes on sm_90 where positions lie side by side.
-SINGLE = {16: 128, 32: 128, 48: 128, 64: 128, 80: 128, 96: 64, 128: 64, 144: 64, 160: 64}
+SINGLE = {16: 128, 32: 128, 48: 128, 64: 128, 80: 128, 96: 128, 128: 64, 144: 64, 160: 64}
 
 
 @triton.jit
