@@ -66,8 +66,8 @@ def compile(denoiser: DenoiserLike, plan: Plan | None = None, **options: Any) ->
     """`sample` with the whole loop, network calls included, as one graph of torch.compile: call it as `sample`, without
     denoiser and plan.
 
-    The network is inlined once a call, so compiling takes about as long as `denoiser.compiled()` times the plan's NFE: for small
-    networks, where what lies between their calls counts. `options` are torch.compile's (backend=, mode=, dynamic=).
+    The network is inlined once for every call of the plan, so compiling takes longer with each: it pays for few calls of a small
+    network; else `denoiser.compiled()` compiles the network once. `options` are torch.compile's (backend=, mode=, dynamic=).
 
     Raises:
         FastdiffError: no plan.

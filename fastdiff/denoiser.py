@@ -160,13 +160,13 @@ class Denoiser:
         """What turns `outputs` at time t into the prediction, for who does that arithmetic elsewhere; None: call the denoiser."""
         if type(self).__call__ is not Denoiser.__call__:
             return None
-        (_, c_skip, c_out), _ = self._levels.get(t) or self._at(t)
+        (_, c_skip, c_out), _ = self.level(t)
         return Folded(c_skip, (c_out,))
 
     def outputs(self, x: Tensor, t: float) -> tuple[Tensor, ...]:
         """The network's outputs at time t, each of x's shape and of the network's own dtype: one for each weight of `folded`."""
-        (c_in, _, _), noise_level = self._levels.get(t) or self._at(t)
-        return (self._output(x, c_in, x.new_full((x.shape[0],), noise_level, dtype=torch.float32)),)
+        (c_in, _, _), noise_level = self.level(t)
+        return (self._output(x, c_in, told(x, noise_level)),)
 
     def raw(self, x: Tensor, c_noise: Tensor) -> Tensor:
         """The network's own output F for an input already scaled by c_in, in the network's dtype."""

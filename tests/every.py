@@ -66,6 +66,8 @@ class NoReads(TorchDispatchMode):
     )  # fmt: skip
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.name().split(".")[0] in self.OPS:
+        name = func.name().split(".")[0]
+        masked = name == "aten::index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if name in self.OPS or masked:
             raise AssertionError(f"{func} reads a tensor's value, or copies one to the device")
         return func(*args, **(kwargs or {}))

@@ -41,7 +41,7 @@ def encoder(folder: Path, index: dict[str, Any], denoiser: Denoiser) -> Callable
 
 
 def _pipeline(folder: Path, name: str, index: dict[str, Any], denoiser: Denoiser) -> Any:
-    """The pipeline with its tokenizers, its text encoders, and its network, whose sizes some encodings ask for."""
+    """The pipeline with its tokenizers and text encoders, and its transformer where it has one."""
     import inspect
 
     needed("transformers", "text encoders")
@@ -52,7 +52,7 @@ def _pipeline(folder: Path, name: str, index: dict[str, Any], denoiser: Denoiser
     for key, entry in index.items():
         if key in parts and not isinstance(entry, list):
             parts[key] = entry
-        elif key in ("unet", "transformer") and key in parts:
+        elif key == "transformer" and key in parts:  # SD3 without T5 asks for its width
             parts[key] = denoiser.network.model  # type: ignore[attr-defined]
         elif key.startswith(("tokenizer", "text_encoder")) and key in parts and entry[1] is not None:
             parts[key] = _part(folder / key, str(entry[1]))

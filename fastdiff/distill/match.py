@@ -78,12 +78,11 @@ class Match(Method):
         return made
 
     def prediction(self, teacher: Denoiser) -> str:
-        if self.predicts is None:
-            return self.then.prediction(teacher)
-        check_prediction(self.predicts)
-        return self.predicts
+        return self.predicts or self.then.prediction(teacher)
 
     def stages(self) -> list[Stage]:
+        if self.predicts is not None:
+            check_prediction(self.predicts)
         following = self.then.stages()
         return [Matching(SAMPLED, self.updates, self.lr, following[0].batch), *following]
 

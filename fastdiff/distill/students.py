@@ -19,7 +19,7 @@ from .method import Method
 def with_network(denoiser: Denoiser, network: Any, prediction: str | None = None) -> Denoiser:
     """The denoiser around another network, of another prediction where given, without the plans that belonged to its own."""
     out = copy.copy(denoiser)
-    out.network, out.plan, out.tuned, out._levels = network, None, (), {}
+    out.network, out.plan, out.tuned, out.levels = network, None, (), {}
     out.prediction = prediction or denoiser.prediction
     out.__dict__.pop("_dtype", None)
     return out

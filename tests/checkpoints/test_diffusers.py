@@ -66,6 +66,26 @@ def test_a_model_folder_predicts_what_the_library_predicts(name, tmp_path):
         close(den.bind(**cond)(x, float(t)), expected(scheduler, x, t, f))
 
 
+def test_a_pipeline_that_was_trained(tmp_path):
+    """A short training run of the library's own loss, saved by its pipeline: the loss falls, and what is loaded is the result."""
+    model, scheduler = hub.unet().train().requires_grad_(True), DDPMScheduler(**hub.VPS)
+    optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
+    generator = torch.Generator().manual_seed(0)
+    clean, losses = noisy((3, 8, 8)).sign(), []
+    for _ in range(25):
+        noise, t = torch.randn(2, 3, 8, 8, generator=generator), torch.randint(1000, (2,), generator=generator)
+        loss = (model(scheduler.add_noise(clean, noise, t), t).sample - noise).square().mean()
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        losses.append(loss.item())
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    den = fd.load(hub.ddpm(tmp_path / "p", model.eval(), **hub.VPS))
+    x = noisy(den.shape, 1)
+    with torch.no_grad():
+        close(den(x, 400.0), expected(scheduler, x, 400, model(x, 400).sample))
+
+
 def test_sd3_predicts_what_the_library_predicts(tmp_path):
     config, cond = FLOWS["SD3Transformer2DModel"]
     model = hub.make("SD3Transformer2DModel", **config)

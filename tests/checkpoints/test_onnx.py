@@ -145,3 +145,19 @@ def test_files_that_are_no_graph(damage, tmp_path):
     with pytest.raises(FastdiffError, match=r"net\.onnx") as caught:
         fd.load(path)
     assert "\n" not in str(caught.value)
+
+
+def test_weights_of_another_folder_are_refused(tmp_path):
+    """A graph may keep its weights in files beside it; one that points elsewhere is not opened."""
+    (tmp_path / "secret").write_bytes(b"\0" * 4)
+    (tmp_path / "m").mkdir()
+    path = saved(tmp_path / "m")
+    model = onnx.load(path)
+    one = next(node for node in model.graph.node if node.output[0] == "one")
+    model.graph.node.remove(one)
+    weight = onnx.TensorProto(name="one", data_type=1, dims=[1], data_location=onnx.TensorProto.EXTERNAL)
+    weight.external_data.add(key="location", value="../secret")
+    model.graph.initializer.append(weight)
+    onnx.save(model, path)
+    with pytest.raises(FastdiffError, match=r"net\.onnx"):
+        fd.load(path)

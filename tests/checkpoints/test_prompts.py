@@ -111,3 +111,14 @@ def test_flux(guided, tmp_path):
     pipe = flux(guided)
     wanted = theirs(pipe, pipe._pack_latents(Z, 2, 4, 8, 8), guidance_scale=3.5, **contrast)
     same(mine(pipe, tmp_path / "p", Z, 1.0 if guided else SCALE, shape=(4, 8, 8)), wanted)
+
+
+@pytest.mark.parametrize("made", [sd3, sdxl], ids=["sd3", "sdxl"])
+def test_the_command_draws_what_is_asked_for(made, fastdiff, tmp_path):
+    made().save_pretrained(tmp_path / "p")
+    for prompt in PROMPTS:
+        asked = ("--prompt", prompt, "--guidance", 3, "--nfe", 2, "--seeds", 0, "--out", prompt)
+        code, _, err = fastdiff("sample", tmp_path / "p", *asked)
+        assert code == 0, err
+    cat, dog = ((fastdiff.folder / prompt / "grid.png").read_bytes() for prompt in PROMPTS)
+    assert cat != dog

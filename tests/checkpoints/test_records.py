@@ -26,4 +26,4 @@ def test_calls_for_the_quality_of_diffusers_ddim():
         pytest.skip("benches/diffusers_quality.py was not run yet")
     record = json.loads(path.read_text())
     assert block == record["sentence"] + "\n" and record["cpu_seconds"] < 15 * 60
-    assert all(str(nfe) in block for nfe in record["nfe_that_reaches_ddim_50"].values())
+    assert all(str(nfe) in block for nfe in record["nfe_that_reaches_ddim_50"].values() if nfe)
