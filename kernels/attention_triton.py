@@ -21,9 +21,9 @@ from torch import Tensor
 
 from .attention import like
 
-# Keys taken as one tile, by the width that a head takes on chip. Twice as many spill on sm_80: 256 keys of a head of 80 take 255
-# registers and 112 bytes of stack with 8 warps, 128 keys of a head of 160 take 352 bytes with 4.
-SINGLE = {16: 128, 32: 128, 48: 128, 64: 128, 80: 128, 96: 128, 128: 128, 144: 64, 160: 64, 192: 64}
+# Keys taken as one tile, by the width that a head takes on chip. Twice as many spill: 256 keys of a head of 80 take 255 registers
+# and 112 bytes of stack on sm_80, 128 keys of a head of 128 up to 160 bytes on sm_90 where positions lie side by side.
+SINGLE = {16: 128, 32: 128, 48: 128, 64: 128, 80: 128, 96: 128, 128: 64, 144: 64, 160: 64}
 
 
 @triton.jit
@@ -127,11 +127,12 @@ def attend(
 
 
 def parts(head: int) -> tuple[int, int]:
-    """A head's size as one or two powers of two, 16 at least, that hold it with the fewest empty places."""
+    """A head's size as one or two powers of two, 16 at least, that hold it with the fewest empty places. Above 160 as one:
+    128 and 64 spill on sm_80 (56 bytes)."""
     whole = max(16, triton.next_power_of_2(head))
     half = whole // 2
     rest = max(16, triton.next_power_of_2(max(head - half, 1)))
-    return (half, rest) if half >= 16 and half < head and half + rest < whole else (whole, 0)
+    return (half, rest) if 16 <= half < head and half + rest < whole and head <= 160 else (whole, 0)
 
 
 @dataclass(frozen=True)

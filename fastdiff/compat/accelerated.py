@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from .. import ops, patching
 from ..errors import FastdiffError
 from ..plans import Plan
 from ..solvers.registry import FEW, FEW_CALLS, MANY_CALLS
@@ -23,10 +26,13 @@ class Report:
     before: Any
     steps: int
     lines: tuple[str, ...]
+    patches: tuple[patching.Report, ...] = ()
 
     def undo(self) -> None:
-        """Puts the pipeline's own scheduler back, the very object."""
+        """Puts the pipeline's own scheduler back, the very object, and undoes the patches."""
         self.pipe.scheduler = self.before
+        for patched in self.patches:
+            patched.undo()
 
     def __str__(self) -> str:
         return "\n".join(self.lines)
@@ -36,7 +42,8 @@ def accelerate(
     pipe: Any, nfe: int = 8, *, solver: str | None = None, grid: str | None = None, plan: Plan | None = None,
     guidance: float | None = None, quiet: bool = False,
 ) -> Report:  # fmt: skip
-    """Puts a solver for `nfe` network evaluations into a diffusers pipeline's scheduler seat, and prints what it did.
+    """Puts a solver for `nfe` network evaluations into a diffusers pipeline's scheduler seat, fused kernels into its network and
+    autoencoder where they run (`fd.patch`), and prints what it did.
 
     Args:
         pipe: a pipeline with a scheduler and a denoising network.
@@ -76,14 +83,26 @@ def accelerate(
     if (calls := len(seat.timesteps)) != nfe:
         raise FastdiffError(f"{solver} takes {calls} calls in {nfe} steps: give a solver of one call a step")
     pipe.scheduler = seat
+    patches, kernels = _patched(pipe, network)
     report = Report(pipe, before, nfe, (
         f"scheduler: {type(before).__name__} -> {chosen}",
         f"network: {network}, predicts {seat.seat.prediction}",
+        f"kernels: {kernels}",
         f"call the pipeline with num_inference_steps={nfe}: {nfe} evaluations an image; undo() restores",
-    ))  # fmt: skip
+    ), patches)  # fmt: skip
     if not quiet:
         print(report)
     return report
+
+
+def _patched(pipe: Any, network: str) -> tuple[tuple[patching.Report, ...], str]:
+    """The patches of a pipeline's networks and what to say of them; none where the kernels do not run."""
+    parts = {name: getattr(pipe, name, None) for name in (network, "vae")}
+    if why := ops.why_torch(torch.device(pipe.device)):
+        return (), f"torch's ({why})"
+    made = {name: patching.patch(part) for name, part in parts.items() if isinstance(part, torch.nn.Module)}
+    said = [f"{len(r.sites)} sites of {name} fused, {len(r.left)} left" for name, r in made.items()]
+    return tuple(made.values()), ", ".join(said)
 
 
 def _tuned(pipe: Any, nfe: int, guidance: float) -> Plan | None:

@@ -11,6 +11,7 @@ import torch
 from pipelines import images
 
 import fastdiff as fd
+from fastdiff import ops
 from fastdiff.errors import FastdiffError
 
 EXAMPLES = Path(__file__).parents[2] / "tests" / "examples"
@@ -31,6 +32,18 @@ def test_calls_are_counted_and_undone(name, capsys):
     report.undo()
     assert pipe.scheduler is before
     torch.testing.assert_close(images(pipe, 3), want, rtol=0, atol=0)
+
+
+def test_kernels_where_they_run(monkeypatch):
+    pipe = pipelines.sd()
+    assert "kernels: torch's (the tensors are on cpu" in str(fd.accelerate(pipe, 3, quiet=True))
+    want = images(pipe, 3)
+    monkeypatch.setattr(ops, "why_torch", lambda device: None)  # the ops then run by torch, at the kernels' places
+    report = fd.accelerate(pipe, 3, quiet=True)
+    assert "sites of unet fused, 0 left" in str(report) and "sites of vae fused, 0 left" in str(report)
+    torch.testing.assert_close(images(pipe, 3), want, rtol=0, atol=1e-4)
+    report.undo()
+    assert not any("forward" in m.__dict__ for m in pipe.unet.modules())
 
 
 def test_the_choice_and_what_is_given():
