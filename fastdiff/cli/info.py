@@ -63,7 +63,7 @@ def info(
         table = Table(box=None, show_header=False, title=title, title_justify="left")
         for key, value in entries.items():
             table.add_row(key, _plain(value))
-        table.columns[0].no_wrap = True
+        table.columns[0].no_wrap, table.columns[1].overflow = True, "fold"  # a hash is shown whole
         console.print(table, markup=False)
 
 
@@ -103,7 +103,7 @@ def _checkpoint(name: str) -> dict[str, Any]:
         "parameters": count_parameters([network]) if isinstance(network := denoiser.network, Module) else None,
         "prediction": denoiser.prediction,
         "schedule": _short(denoiser.schedule.config()),
-        "DDPM variance": denoiser.info.get("variance"),
+        "variance": denoiser.info.get("variance"),
         "data range": list(denoiser.data_range),
         "classes": list(class_names(denoiser, name)),
         "decoder": None if denoiser.decoder is None else str(getattr(denoiser.decoder, "name", "yes")),
