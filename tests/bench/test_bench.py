@@ -2,8 +2,6 @@
 
 import csv
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -236,14 +234,13 @@ def test_bad_input_is_one_line(fastdiff, tmp_path, arguments, said):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_refuses_a_used_folder_unless_told_to_resume(tmp_path):
+def test_the_command_refuses_a_used_folder_unless_told_to_resume(fastdiff, tmp_path):
     checkpoint = tiny.checkpoint(tmp_path / "m.safetensors")
-    command = [sys.executable, "-m", "fastdiff", "bench", str(checkpoint), "--out", str(tmp_path / "out"), "--n", "2",
-               "--solvers", "ddim", "--nfe", "2"]  # fmt: skip
-    assert subprocess.run(command, capture_output=True).returncode == 0
-    again = subprocess.run(command, capture_output=True, text=True)
-    assert again.returncode == 2 and "--resume" in again.stderr
-    assert subprocess.run([*command, "--resume"], capture_output=True).returncode == 0
+    command = ("bench", checkpoint, "--out", tmp_path / "out", "--n", "2", "--solvers", "ddim", "--nfe", "2")
+    assert fastdiff(*command)[0] == 0
+    code, _, said = fastdiff(*command)
+    assert code == 2 and "--resume" in said
+    assert fastdiff(*command, "--resume")[0] == 0
 
 
 def test_setup_refuses_nonsense():

@@ -85,7 +85,8 @@ def distance(student, plan, teacher):
 
 
 @pytest.mark.parametrize("method", [
-    Progressive(8, 2, updates=60, lr=1e-3, batch=16), Progressive(4, 2, updates=60, lr=1e-3, batch=16, solver="unipc-2", calls=4),
+    Progressive(8, 2, updates=60, lr=1e-3, batch=16),
+    pytest.param(Progressive(4, 2, updates=60, lr=1e-3, batch=16, solver="unipc-2", calls=4), marks=pytest.mark.slow),
     Trajectory(2, updates=60, lr=1e-3, batch=16),
 ], ids=["progressive", "progressive-unipc", "trajectory"])  # fmt: skip
 def test_a_student_is_nearer_to_the_teacher_than_the_teacher_at_as_few_steps(method, teacher, images, tmp_path):

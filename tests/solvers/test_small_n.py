@@ -100,7 +100,7 @@ def test_consistency_sampling_leaves_out_the_noise_of_the_least_noisy_level(sche
         assert spread**2 == pytest.approx(max(row.sigma**2 - (row.alpha * least) ** 2, 0), rel=1e-9, abs=1e-14)
 
 
-@pytest.mark.parametrize("schedule", FULL_NOISE)
+@pytest.mark.parametrize("schedule", [FULL_NOISE[0], *(pytest.param(s, marks=pytest.mark.slow) for s in FULL_NOISE[1:])])
 @pytest.mark.parametrize("name", [n for n in SOLVERS if not fd.list_solvers()[n].stochastic])
 def test_full_noise_start_converges(name, schedule):
     """From alpha = 0 the first step is of first order and its node left out of stencils: the whole still has its order.

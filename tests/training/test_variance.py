@@ -81,6 +81,7 @@ def test_the_trainer_adds_the_bound_and_its_model_samples(tmp_path):
     assert table.learned_variance and bool(fd.sample(den, table, seeds=[0, 1]).isfinite().all())
 
 
+@pytest.mark.slow
 def test_a_learned_variance_lowers_the_bound(tmp_path):
     """Fewer bits a dimension, on noise that no step drew and with the same means, than DDPM's two fixed variances (-1 small, 1
     large) and than the one in the middle (0), where training starts."""
