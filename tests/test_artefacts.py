@@ -140,3 +140,12 @@ def test_higher_order_beats_ddim_at_ten_calls_outside_the_interval():
     rows = {r["line"]: r for r in record["cells"] if r["nfe"] == 10}
     better = [line for line, r in rows.items() if r.get("mse_minus_ddim_hi", np.inf) < 0]
     assert {"dpmpp-2m · uniform_lambda", "unipc-2 · uniform_t", "ipndm-3 · beta"} <= set(better)
+
+
+def test_the_cost_per_step_in_the_readme_is_in_the_record():
+    rows = json.loads((RECORDS / "overhead.json").read_text())["results"]
+    us = {(r["method"], r["who"]): r["us_per_row"] for r in rows if r["prediction"] == "eps"}
+    for method in ("ddim", "heun", "dpmpp-2m", "dpmpp-3m", "unipc-2", "lms-4"):
+        cells = " | ".join(f"{us[method, who]:.0f}" for who in ("hand", "loop", "sample", "seat", "diffusers"))
+        assert f"| `{method}` | {cells} |" in README
+        assert us[method, "seat"] - us[method, "loop"] <= 25 and us[method, "loop"] <= 1.4 * us[method, "hand"]
