@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -68,11 +69,8 @@ def given_plan(denoiser: DenoiserLike, plan: Plan | None) -> Plan:
     return plan
 
 
-class Executor:
-    """A denoiser and a plan made ready for many runs: called as `sample`, without the two.
-
-    A subclass gives `execute`, which is handed the start state (B, *shape) and all draws of the plan, (draws, B, *shape).
-    """
+class Executor(ABC):
+    """A denoiser and a plan made ready for many runs: called as `sample`, without the two."""
 
     device: torch.device | None = None  # where the states are made; None: as `sample` does
 
@@ -94,8 +92,9 @@ class Executor:
             noises[k] = source(1 + k, x.shape, x.device)
         return self.execute(x, noises)
 
+    @abstractmethod
     def execute(self, x: Tensor, noises: Tensor) -> Tensor:
-        raise NotImplementedError
+        """The sample, from the start state x (B, *shape) and all draws of the plan, (draws, B, *shape)."""
 
 
 def _sample_by(
