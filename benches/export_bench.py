@@ -82,7 +82,8 @@ def main() -> None:
     if load > MOST_LOAD and not given.busy:
         sys.exit(f"the load average is {load:.2f}: timings would say nothing. Wait until it is below {MOST_LOAD}, or give --busy")
     torch.set_num_threads(given.threads)
-    found: dict[str, Any] = {"setting": {k: v for k, v in vars(given).items() if k != "out"}, "versions": versions(), "results": {}}
+    setting = {name: value for name, value in vars(given).items() if name != "out"}
+    found: dict[str, Any] = {"setting": setting, "versions": versions(), "results": {}}
     found["bars"] = BARS
     found["machine"] = {"cpu": platform.processor(), "cores": os.cpu_count(), "load_average": load}
     with tempfile.TemporaryDirectory() as name:
