@@ -66,20 +66,20 @@ FIRST_ORDER = [
 ]  # fmt: skip
 ONE_STEP = [
     entry("heun", build_heun, 2, "Karras et al. 2022, alg. 1", nfe_per_step=2, aliases=("edm", "HeunDiscreteScheduler")),
-    entry("dpm-2", build_dpm2, 2, "Lu et al. 2022a; k-diffusion", **_two_calls(),
+    entry("dpm-2", build_dpm2, 2, "Lu et al. 2022a; k-diffusion", **_two_calls(grid="uniform_t"),
           aliases=("dpm_2", "dpm2", "midpoint", "dpm-solver-2s", "KDPM2DiscreteScheduler")),
     entry("rk4", build_rk4, 4, "Kutta 1901", nfe_per_step=4, inner_points=True),
     entry("dpm-solver-3s", build_dpm_singlestep, 3, "Lu et al. 2022a", bind={"order": 3, "name": "dpm-solver-3s"},
-          nfe_per_step=3, inner_points=True, grid="uniform_lambda"),
+          nfe_per_step=3, inner_points=True, grid="beta"),
     entry("dpm-fast", build_dpm_singlestep, 3, "Lu et al. 2022a, sec. 3.4", bind={"order": 3, "name": "dpm-fast"},
-          nfe_per_step=3, inner_points=True, grid="uniform_lambda", counting=_FAST, aliases=("dpm_fast", "dpm-solver-fast")),
+          nfe_per_step=3, inner_points=True, grid="beta", counting=_FAST, aliases=("dpm_fast", "dpm-solver-fast")),
     entry("dpmpp-2s", build_singlestep, 2, "Lu et al. 2022b", bind={"order": 2}, **_two_calls(grid="uniform_lambda"),
           aliases=("dpm++2s", "dpmpp_2s")),
     entry("dpmpp-3s", build_singlestep, 3, "Lu et al. 2022b", bind={"order": 3}, nfe_per_step=3, inner_points=True,
           grid="uniform_lambda", aliases=("dpm++3s", "dpmpp_3s")),
 ]  # fmt: skip
 MULTISTEP = [
-    *(entry(f"dpmpp-{k}s-grid", build_blocks, 2, "Lu et al. 2022b; diffusers", bind={"order": k}, grid="uniform_lambda",
+    *(entry(f"dpmpp-{k}s-grid", build_blocks, 2, "Lu et al. 2022b; diffusers", bind={"order": k}, grid="uniform_t",
             aliases=("DPMSolverSinglestepScheduler",) if k == 2 else ()) for k in (2, 3)),
     entry("dpmpp-2m", build_multistep, 2, "Lu et al. 2022b", **_multistep(2, second="midpoint", published=False, name="dpmpp"),
           grid="uniform_lambda", aliases=("dpm++2m", "dpmpp_2m")),
@@ -97,8 +97,8 @@ MULTISTEP = [
       for k in (1, 2, 3, 4)),
     *(entry(f"ipndm-{k}", build_ipndm, min(k, 2), "Zhang and Chen 2022", **_multistep(k) | {"full_order": min(k, 2)}, grid="beta",
             aliases=("ipndm",) if k == 4 else ()) for k in (1, 2, 3, 4)),
-    entry("plms", build_plms, 2, "Liu et al. 2022", grid="uniform_t", first=(2,), starts_so=True, full_order=2),
-    entry("pndm", build_pndm, 2, "Liu et al. 2022, alg. 2", grid="uniform_t", first=(4, 4, 4), starts_so=True, full_order=2),
+    entry("plms", build_plms, 2, "Liu et al. 2022", first=(2,), starts_so=True, full_order=2),
+    entry("pndm", build_pndm, 2, "Liu et al. 2022, alg. 2", first=(4, 4, 4), starts_so=True, full_order=2),
     *(entry(f"deis-tab-{k}", build_exponential, min(k, 2), "Zhang and Chen 2022", grid="uniform_t",
             **_multistep(k, coordinate="t", second="exact", name="deis-tab-{}"), aliases=("deis-tab",) if k == 3 else ())
       for k in (1, 2, 3, 4)),
@@ -107,7 +107,8 @@ MULTISTEP = [
       for k in (1, 2, 3)),
     *(entry(f"dpm-solver-{k}m", build_exponential, 2, "Lu et al. 2022a", grid="uniform_lambda",
             **_multistep(k, coordinate="lam", second="midpoint", name="dpm-solver-{}m")) for k in (2, 3)),
-    entry("gradient-estimation", build_gradient_estimation, 1, "Permenter and Yuan 2024", aliases=("gradient_estimation",)),
+    entry("gradient-estimation", build_gradient_estimation, 1, "Permenter and Yuan 2024", grid="beta",
+          aliases=("gradient_estimation",)),
 ]  # fmt: skip
 STOCHASTIC = [
     entry("dpm-2-ancestral", build_dpm2_ancestral, 2, "k-diffusion", **_two_calls(stochastic=True),
