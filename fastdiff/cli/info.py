@@ -110,7 +110,7 @@ def _checkpoint(name: str) -> dict[str, Any]:
         "prompts": denoiser.encode is not None,
         "plan": None if denoiser.plan is None else denoiser.plan.name,
         "network": _short(denoiser.info.get("network")),
-        "training": denoiser.info.get("training"),
+        "training": _short(denoiser.info.get("training")),
         "sha256": denoiser.hash,
     }
 
