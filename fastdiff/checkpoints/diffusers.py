@@ -127,7 +127,8 @@ def _scheduler(folder: Path) -> tuple[dict[str, Any], Path]:
 
 def _write(folder: Path, place: Path, index: dict[str, Any], scheduler: Path, out: Path, network: Any, training: Any) -> None:
     """The folder again, with a trained network: a pipeline stays a pipeline."""
-    parts = [folder / name for name, entry in index.items() if isinstance(entry, list) and name == Path(name).name]
+    named = [name for name, entry in index.items() if isinstance(entry, list) and name == Path(name).name != ".."]
+    parts = [folder / name for name in named]
     others = [file for part in parts if part != place and part.is_dir() for file in sorted(part.rglob("*")) if file.is_file()]
     for file in (*others, *([folder / INDEX] if index else []), place / CONFIG, scheduler):
         rewrite.keep(file, out / (file.relative_to(folder) if file.is_relative_to(folder) else file.name))

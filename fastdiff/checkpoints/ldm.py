@@ -77,7 +77,7 @@ def from_weights(weights: Weights, options: Options) -> Denoiser:
     denoiser.hash = weights.hash
     denoiser.info = {"format": "Stable Diffusion, one file", "network": config, **weights.training}
     names = {f"model.{unet_name(name, config['layers_per_block'])}": UNET + name for name in tensors}
-    denoiser.write = partial(rewrite.in_file, path, names, options.described(path))
+    denoiser.write = partial(rewrite.in_file, path, names, said)
     encoded = {k: v for k, v in weights.below(VAE).items() if not k.startswith("loss.")}
     if encoded:
         denoiser.decoder = _decoder(encoded, _scaling(weights, said, config), options, path)

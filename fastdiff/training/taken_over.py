@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..checkpoints.conditions import Conditions, tried, wanted
 from ..denoiser import Denoiser
@@ -35,8 +35,9 @@ def taken_over(start: Denoiser, data: Images, conditions: Conditions | None, dro
         raise FastdiffError(f"this network is conditioned on {', '.join(needs)}: give --condition, 1 row or one for each image")
     _check_labels(start, data)
     _check_dropout(start, conditions, dropout)
+    network: Any = copy.deepcopy(start.network)
     same = copy.copy(start if conditions is None else conditions.bound(start, [0]))
-    same.shape, same.network = shape, copy.deepcopy(start.network).eval().requires_grad_(True)  # type: ignore[attr-defined]
+    same.shape, same.network = shape, network.eval().requires_grad_(True)
     try:
         out = tried(same)
     except FastdiffError as e:
@@ -49,7 +50,7 @@ def taken_over(start: Denoiser, data: Images, conditions: Conditions | None, dro
     if out.shape != (1, *shape):
         raise FastdiffError(f"this network turns samples of {shape} into {tuple(out.shape[1:])}: they must be of one shape")
     out.sum().backward()
-    for p in same.network.parameters():
+    for p in network.parameters():
         p.requires_grad_(p.grad is not None)
         p.grad = None
     same.cond = {}

@@ -9,9 +9,11 @@ import copy
 import dataclasses
 import io
 import math
+import operator
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -215,8 +217,8 @@ class Trainer:
         network, scale = UNet(unet_config(self.config, self.data)), self.config.time_scale
         if start is not None:
             network.load_state_dict(start.network.state_dict())  # type: ignore[attr-defined]
-        time = None if scale is None else lambda t: scale * t
-        return Denoiser(network, self.schedule, self.config.prediction, time=time)
+        told = None if scale is None else partial(operator.mul, scale)
+        return Denoiser(network, self.schedule, self.config.prediction, time=told)
 
     @property
     def skipped(self) -> int:

@@ -1,5 +1,7 @@
 """`--condition`: networks without their text encoders, told by a file what a pipeline would have told them."""
 
+import json
+
 import diffusers
 import hub
 import pytest
@@ -81,6 +83,7 @@ def test_a_text_network_alone(fastdiff, tmp_path, monkeypatch):
     monkeypatch.setattr(converged, "MOST_STEPS", 4)
     source = folder(tmp_path / "m", "text U-Net")
     written(tmp_path / "c.safetensors", 2, TEXT)
+    assert json.loads(run(fastdiff, "info", source, "--json"))["checkpoint"]["conditions"] == ["encoder_hidden_states"]
     for batch in (1, 2):
         out, wanted = sampled(fastdiff, source, tmp_path / "c.safetensors", "--batch", batch)
         found = load_file(fastdiff.folder / "o" / "latents.safetensors")

@@ -9,7 +9,7 @@ import peer_networks
 import pytest
 import torch
 from checkpoints import test_edm, test_ldm
-from checkpoints.test_conditions import FLOW, POOLED, TEXT, written
+from checkpoints.test_conditions import FLOW, POOLED, TEXT, XL, written
 from safetensors.torch import load_file, save_file
 
 import fastdiff as fd
@@ -94,8 +94,15 @@ def stable_diffusion_2(folder):
     return path, latents(folder / "z.npz"), folder / "c.safetensors", {"label_dropout": 0.0}
 
 
+def sdxl_file(folder):
+    """Conditions in a mapping."""
+    written(folder / "c.safetensors", COUNT, {**TEXT, **XL})
+    _, path = test_ldm.written(folder, "sdxl", hub.make("AutoencoderKL", **test_ldm.KL))
+    return path, latents(folder / "z.npz"), folder / "c.safetensors", {"label_dropout": 0.3}
+
+
 FEW = [pipeline, edm, text_unet]
-MORE = [classes, dit, sd3, flux, edm_of_ve, stable_diffusion, stable_diffusion_2]
+MORE = [classes, dit, sd3, flux, edm_of_ve, stable_diffusion, stable_diffusion_2, sdxl_file]
 EVERY = [*FEW, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE)]
 
 
@@ -244,6 +251,21 @@ def test_a_record_of_training_that_is_damaged(tmp_path):
         with pytest.raises(FastdiffError, match=r"edm\.safetensors") as caught:
             fd.load(path)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"latents": np.zeros((2, 4, 8, 8), np.uint8)}, {"latents": np.zeros((2, 8, 8), np.float32)},
+        {"latents": np.full((2, 4, 8, 8), np.nan, np.float32)}, {"latents": np.zeros((0, 4, 8, 8), np.float32)},
+        {"latents": np.zeros((2, 4, 8, 8), np.float32), "x": np.zeros((2, 8, 8), np.uint8)},
+    ],
+)  # fmt: skip
+def test_latents_that_are_none(arrays, tmp_path):
+    np.savez(tmp_path / "z.npz", **arrays)
+    with pytest.raises(FastdiffError, match="latents") as caught:
+        load_images(tmp_path / "z.npz", latents=True)
+    assert "\n" not in str(caught.value)
 
 
 def learned_variance(folder):
