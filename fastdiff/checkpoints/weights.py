@@ -127,9 +127,22 @@ def read(path: Path) -> Weights:
 
 
 def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """A .safetensors file, which appears whole or not at all."""
+    """A .safetensors file, which appears whole or not at all; the same content is the same bytes."""
     with atomic(path) as temporary:
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata=metadata)
+        if len(metadata) > 1:  # the library writes them in the order of a hash table, another one each time
+            _sort_metadata(temporary)
+
+
+def _sort_metadata(path: Path) -> None:
+    with open(path, "rb+") as f:
+        size = struct.unpack("<Q", f.read(8))[0]
+        header = json.loads(f.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:  # as compact as the library's own, but for what a stranger may have put into it
+            f.seek(8)
+            f.write(text.ljust(size))
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -163,8 +163,9 @@ def test_a_stable_diffusion_file(kind, fastdiff, tmp_path, monkeypatch):
         found = torch.tensor(list(Image.open(fastdiff.folder / "o" / f"seed{seed:06d}.png").tobytes())).view(32, 32, 3)
         assert (found.permute(2, 0, 1) - images[i]).abs().max() <= 1
     assert not (fastdiff.folder / "o" / "latents.safetensors").exists()
-    run(fastdiff, "sample", path, "--condition", tmp_path / "c.safetensors", "-n", 2, "--nfe", 1, "--out", "n")
-    run(fastdiff, "bench", path, "--condition", tmp_path / "c.safetensors", "--solvers", "ddim", "--nfe", 1, "--n", 2, "--out", "b")
+    how = (path, "--condition", tmp_path / "c.safetensors", "--nfe", 1)
+    run(fastdiff, "sample", *how, "-n", 2, "--out", "n")
+    run(fastdiff, "bench", *how, "--solvers", "ddim", "--n", 2, "--out", "b")
 
 
 @pytest.fixture(scope="module")
@@ -178,20 +179,20 @@ GOOD = torch.ones(1, 5, 16)
 @pytest.mark.parametrize(
     ("file", "words"),
     [
-        ({"encoder": GOOD}, "encoder_hidden_states is missing; encoder is not known here; this network takes encoder_hidden_states"),
+        ({"encoder": GOOD}, "hidden_states is missing; encoder is not known here; this network takes encoder_hidden_states"),
         ({"encoder_hidden_states": GOOD, "negative.text": GOOD}, "negative.text is not known here"),
         ({"negative.encoder_hidden_states": GOOD}, "encoder_hidden_states is missing"),
         ({"encoder_hidden_states": torch.ones(1, 5, 12)}, r"must have shape \(rows, any, 16\); given \(1, 5, 12\)"),
         ({"encoder_hidden_states": torch.ones(5, 16)}, r"given \(5, 16\)"),
         ({"encoder_hidden_states": torch.tensor(1.0)}, r"given \(\)"),
-        ({"encoder_hidden_states": GOOD.expand(3, 5, 16).clone()}, r"has 3 rows; give 1 for all, or one for each seed \(2\)"),
+        ({"encoder_hidden_states": GOOD.expand(3, 5, 16)}, r"has 3 rows; give 1 for all, or one for each seed \(2\)"),
         ({"encoder_hidden_states": GOOD, "negative.encoder_hidden_states": torch.ones(4, 5, 16)}, "negative.* has 4 rows"),
         ({"encoder_hidden_states": GOOD / 0}, "finite real numbers"),
         ({"encoder_hidden_states": GOOD, "encoder_attention_mask": torch.ones(1, 5, 2)}, r"shape \(rows, any\)"),
     ],
 )
 def test_files_that_do_not_fit_are_one_line(file, words, text_unet, tmp_path):
-    save_file(file, tmp_path / "c.safetensors")
+    save_file({name: t.clone() for name, t in file.items()}, tmp_path / "c.safetensors")
     with pytest.raises(FastdiffError, match=words) as caught:
         read_conditions(tmp_path / "c.safetensors", fd.load(text_unet), 2)
     assert "\n" not in str(caught.value)
@@ -209,7 +210,7 @@ def test_what_is_no_file_of_conditions_is_one_line(text_unet, fastdiff, tmp_path
         (text_unet, ("--condition", code), ".safetensors alone"),
         (text_unet, ("--condition", damaged), "truncated or damaged"),
         (text_unet, ("--condition", tmp_path / "none.safetensors"), "there is no file"),
-        (text_unet, ("--condition", long), "does not run on samples of (4, 8, 8) under encoder_hidden_states"),
+        (text_unet, ("--condition", long), "does not run on samples of (4, 8, 8) under encoder_attention_mask, encoder_hidden_states"),
         (text_unet, ("--condition", good, "--guidance", 3), "negative.NAME"),
         (text_unet, ("--condition", good, "--prompt", "a cat"), "leave out one of them"),
         (text_unet, (), "--condition FILE"),

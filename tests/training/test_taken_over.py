@@ -5,7 +5,6 @@ import json
 import diffusers
 import hub
 import numpy as np
-import peer_networks
 import pytest
 import torch
 from checkpoints import test_edm, test_ldm
@@ -153,9 +152,9 @@ def test_a_run_resumes_to_the_same_bits_and_is_a_checkpoint_of_its_kind(case, tm
 @pytest.mark.parametrize("case", EVERY)
 def test_the_loss_is_that_of_the_denoised_prediction(case, tmp_path):
     """What is learned is what is sampled: the error of D over c_out is that of the network, by the checkpoint's own denoiser."""
-    source, data, file, how = made = case(tmp_path)
+    made = case(tmp_path)
     run = trainer(made, tmp_path / "a", weighting="simple")
-    den = fd.load(source, shape=run.data.x.shape[1:])
+    den = fd.load(made[0], shape=run.data.x.shape[1:])
     m = run._material(torch.Generator().manual_seed(5))
     with torch.no_grad():
         d = den.bind(**m.cond)(m.x, m.t)
@@ -228,7 +227,8 @@ def test_all_else_of_a_stable_diffusion_file_stays(tmp_path):
 def test_a_text_pipeline_stays_one(tmp_path):
     text, tokenizer = hub.clip()
     parts = hub.make("AutoencoderKL", **hub.KL), text, tokenizer, hub.make("UNet2DConditionModel", **hub.TEXT_UNET)
-    pipe = diffusers.StableDiffusionPipeline(*parts, diffusers.DDIMScheduler(**hub.VPS), None, None, requires_safety_checker=False)
+    scheduler = diffusers.DDIMScheduler(**hub.VPS)
+    pipe = diffusers.StableDiffusionPipeline(*parts, scheduler, None, None, requires_safety_checker=False)
     pipe.save_pretrained(tmp_path / "p")
     before = fd.load(tmp_path / "p")
     save_file({"encoder_hidden_states": before.encode(["a cat"])["encoder_hidden_states"]}, tmp_path / "c.safetensors")
