@@ -123,10 +123,11 @@ def tried(denoiser: Denoiser) -> Tensor:
     Raises:
         FastdiffError: it does not run on such a sample, or on these conditions.
     """
-    assert denoiser.shape is not None
+    shape = denoiser.shape
+    assert shape is not None
     if denoiser.num_classes:
         denoiser = denoiser.bind(class_labels=torch.zeros(1, dtype=torch.long, device=denoiser.device))
-    x = torch.zeros(1, *denoiser.shape, device=denoiser.device)
+    x = torch.zeros(1, *shape, device=denoiser.device)
     t = (denoiser.schedule.t_min + denoiser.schedule.t_max) / 2
     try:
         return denoiser.raw(x, told(x, denoiser.level(t)[1]))
@@ -136,6 +137,6 @@ def tried(denoiser: Denoiser) -> Tensor:
         if out_of_memory(e):
             raise
         kind = denoiser.info.get("format", type(denoiser.network).__name__)
-        shapes = f"samples of {tuple(denoiser.shape)}" + (f" under {', '.join(denoiser.cond)}" if denoiser.cond else "")
+        shapes = f"samples of {shape}" + (f" under {', '.join(denoiser.cond)}" if denoiser.cond else "")
         why = " ".join(str(e).split())[:200]
         raise FastdiffError(f"this network ({kind}) does not run on {shapes}: {why}") from e

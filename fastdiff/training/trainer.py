@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -200,9 +200,11 @@ class Trainer:
         if config.batch % self.world.size:
             raise FastdiffError(f"a batch of {config.batch} cannot be shared evenly by {self.world.size} processes: change it")
         torch.manual_seed(config.seed)
-        self.own = start is None or isinstance(start.network, UNet)
-        self.denoiser = self._own(start) if self.own else taken_over(start, data, conditions, config.label_dropout)
-        self.network: Any = self.denoiser.network
+        if start is None or isinstance(start.network, UNet):
+            self.denoiser = self._own(start)
+        else:
+            self.denoiser = taken_over(start, data, conditions, config.label_dropout)
+        self.network = cast(Any, self.denoiser.network)
         self.ema = copy.deepcopy(self.network).requires_grad_(False)
         self.shared = wrap(self.network, self.world)  # the network whose gradients are those of the whole batch
         self.optimiser = torch.optim.AdamW(self.network.parameters(), lr=config.lr, weight_decay=0.0)
@@ -248,7 +250,7 @@ class Trainer:
         """One optimiser step on the images and draws that (seed, step) determine; returns the loss of the whole batch."""
         c = self.config
         generator = torch.Generator().manual_seed(c.seed * 1_000_003 + self.step + 500_000_000)
-        self.network.train(self.own)
+        self.network.train(isinstance(self.network, UNet))
         for group in self.optimiser.param_groups:
             group["lr"] = c.lr * min((self.step + 1) / max(c.warmup, 1), 1.0) * (1 - self.step / c.steps)
         loss = self.loss(generator)

@@ -210,7 +210,7 @@ def test_what_is_no_file_of_conditions_is_one_line(text_unet, fastdiff, tmp_path
         (text_unet, ("--condition", code), ".safetensors alone"),
         (text_unet, ("--condition", damaged), "truncated or damaged"),
         (text_unet, ("--condition", tmp_path / "none.safetensors"), "there is no file"),
-        (text_unet, ("--condition", long), "does not run on samples of (4, 8, 8) under encoder_attention_mask, encoder_hidden_states"),
+        (text_unet, ("--condition", long), "(4, 8, 8) under encoder_attention_mask, encoder_hidden_states: "),
         (text_unet, ("--condition", good, "--guidance", 3), "negative.NAME"),
         (text_unet, ("--condition", good, "--prompt", "a cat"), "leave out one of them"),
         (text_unet, (), "--condition FILE"),
