@@ -84,12 +84,11 @@ def test_a_text_network_alone(fastdiff, tmp_path, monkeypatch):
     source = folder(tmp_path / "m", "text U-Net")
     written(tmp_path / "c.safetensors", 2, TEXT)
     assert json.loads(run(fastdiff, "info", source, "--json"))["checkpoint"]["conditions"] == ["encoder_hidden_states"]
-    for batch in (1, 2):
-        out, wanted = sampled(fastdiff, source, tmp_path / "c.safetensors", "--batch", batch)
-        found = load_file(fastdiff.folder / "o" / "latents.safetensors")
-        assert found["seed"].tolist() == [3, 7] and "latents" in out and (fastdiff.folder / "o" / "grid.png").exists()
-        assert (found["x"] - wanted).abs().max() <= 1e-5 * wanted.abs().max()
-        assert (found["x"][0] - found["x"][1]).abs().max() > 0.1
+    out, wanted = sampled(fastdiff, source, tmp_path / "c.safetensors", "--batch", 1)
+    found = load_file(fastdiff.folder / "o" / "latents.safetensors")
+    assert found["seed"].tolist() == [3, 7] and "latents" in out and (fastdiff.folder / "o" / "grid.png").exists()
+    assert (found["x"] - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    assert (found["x"][0] - found["x"][1]).abs().max() > 0.1
     code, _, err = fastdiff("sample", source, "--condition", tmp_path / "c.safetensors", "-n", 2, "--out", "n")
     assert code == 2 and "leave out -n" in err and not (fastdiff.folder / "n").exists()
     asked = ("--solvers", "ddim", "--nfe", 2, "--n", 2, "--guidance", 3, "--out", "b")
