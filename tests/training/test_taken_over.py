@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import fastdiff as fd
 from fastdiff.checkpoints.conditions import read_conditions
 from fastdiff.errors import FastdiffError
+from fastdiff.parallel import World
 from fastdiff.prediction import coefficients
 from fastdiff.training.data import load_images
 from fastdiff.training.trainer import TrainConfig, Trainer, continuing
@@ -176,6 +177,22 @@ def test_conditions_follow_their_images_and_are_dropped_to_the_negative_ones(tmp
     negative = (told == file["negative.encoder_hidden_states"]).all(dim=(1, 2))
     own = (told == file["encoder_hidden_states"][index]).all(dim=(1, 2))
     assert bool((negative ^ own).all()) and abs(float(negative.float().mean()) - 0.3) < 0.04
+
+
+def test_the_parts_of_a_batch_have_its_gradient(tmp_path):
+    """In one process: what two under torchrun would compute. Conditions and their dropping follow the image."""
+    run = trainer(text_unet(tmp_path), tmp_path / "a")
+
+    def gradient(world):
+        run.world = world
+        run.network.zero_grad()
+        run.loss(torch.Generator().manual_seed(4)).backward()
+        return torch.cat([p.grad.flatten() for p in run.network.parameters()])
+
+    whole, first, second = (gradient(world) for world in (World(), World(0, 2), World(1, 2)))
+    scale = float(whole.abs().max())
+    assert float(((first + second) / 2 - whole).abs().max()) < 1e-5 * scale
+    assert float((first - whole).abs().max()) > 0.05 * scale
 
 
 @pytest.mark.slow
