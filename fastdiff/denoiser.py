@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -71,6 +71,8 @@ class Denoiser:
         self.info: dict[str, Any] = {}  # the checkpoint's own metadata
         self.decoder: Callable[[Tensor], Tensor] | None = None  # samples -> images in data_range, where samples are latents
         self.encode: Callable[[Sequence[str]], dict[str, Any]] | None = None  # prompts -> the conditions to bind
+        self.contrast: dict[str, Any] | None = None  # the conditions that guidance leads away from, bound beside the others
+        self.write: Callable[..., None] | None = None  # (folder, network, training): a checkpoint of the layout it came in
         self.levels: dict[float, tuple[Coefficients, Level]] = {}  # of every float time asked for: see `level`
 
     @property
@@ -87,8 +89,8 @@ class Denoiser:
 
     @property
     def unprompted(self) -> dict[str, Any] | None:
-        """The conditions of the empty prompt, which guidance contrasts with; None where the checkpoint has no text encoders."""
-        return None if self.encode is None else self.encode([""])
+        """What guidance leads away from: `contrast`, or the conditions of the empty prompt; None where there are neither."""
+        return self.contrast if self.contrast is not None or self.encode is None else self.encode([""])
 
     def tuned_plan(self, nfe: int, guidance: float | None = None) -> Plan | None:
         """The plan tuned for this checkpoint, its guidance (or the scale given) and `nfe` evaluations, where there is one."""
@@ -131,8 +133,7 @@ class Denoiser:
 
     def subset(self, index: Tensor, batch: int) -> Denoiser:
         """The denoiser of some samples of a batch: bound tensors of the batch's length are cut to them."""
-        cond = {k: v[index] for k, v in self.cond.items() if isinstance(v, Tensor) and v.ndim and len(v) == batch}
-        return self.bind(**cond) if cond else self
+        return self.bind(**rows_of(self.cond, index, batch)) if self.cond else self
 
     def __call__(self, x: Tensor, t: float | Tensor) -> Tensor:
         """The denoised prediction for the noisy sample x (B, ...) at time t, a float or a (B,) tensor; x's shape and dtype."""
@@ -286,6 +287,14 @@ class Denoiser:
         if self.decoder is not None:
             x = self.decoder(x)
         return ((x.float() - low) / (high - low)).clamp(0, 1)
+
+
+def rows_of(condition: Any, index: Tensor, count: int) -> Any:
+    """Some samples' part of a condition, a tensor or a mapping of them: rows of what has one for each of `count` samples."""
+    if isinstance(condition, Mapping):
+        return {name: rows_of(part, index, count) for name, part in condition.items()}
+    rows = isinstance(condition, Tensor) and condition.ndim and len(condition) == count
+    return condition[index.to(condition.device)] if rows else condition
 
 
 def told(x: Tensor, level: Level) -> Tensor:

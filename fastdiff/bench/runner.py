@@ -174,7 +174,7 @@ class Bench:
 
     def _fingerprint(self) -> str:
         """What the denoiser does to one fixed input: tells two networks apart, a file's hash or none."""
-        den = next(iter(Setup(2, batch=2).batches(self.denoiser)))[1]
+        den = next(iter(Setup(2, batch=2, conditions=self.setup.conditions).batches(self.denoiser)))[1]
         schedule = den.schedule
         t = (schedule.t_min + schedule.t_max) / 2
         x = normal([0, 1], 0, int(np.prod(self.shape))).view(2, *self.shape).to(den.device)
@@ -183,7 +183,9 @@ class Bench:
         return hashlib.sha256(d.float().cpu().numpy().round(4).tobytes()).hexdigest()[:16]
 
     def _hash(self, what: dict[str, Any]) -> str:
-        setup = {"n": self.setup.n, "first_seed": self.setup.first_seed, "guidance": self.setup.guidance}
+        setup: dict[str, Any] = {"n": self.setup.n, "first_seed": self.setup.first_seed, "guidance": self.setup.guidance}
+        if self.setup.conditions is not None:
+            setup["conditions"] = self.setup.conditions.hash
         scorer = self.scorer.name if self.scorer else None
         everything = {**what, "setup": setup, "model": self.fingerprint, "hash": self.denoiser.hash, "scorer": scorer}
         return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:20]

@@ -6,6 +6,7 @@ The classes are diffusers' own; reading is ours: configurations are checked, wei
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ import torch
 
 from ..denoiser import Denoiser
 from ..errors import CheckpointError
+from . import rewrite
 from .build import build
 from .diffusers_networks import FAMILIES, Decoder
 from .options import Options, needed
 from .process import from_scheduler
-from .weights import Weights, check_values, listed, read, read_json
+from .weights import Weights, check_values, listed, read, read_json, write
 
 INDEX, CONFIG, SCHEDULER = "model_index.json", "config.json", "scheduler_config.json"
 AUTOENCODERS = ("AutoencoderKL", "VQModel", "AutoencoderTiny")
@@ -48,9 +50,11 @@ def load(folder: Path, options: Options) -> Denoiser:
         raise CheckpointError(f"{folder / INDEX} ({of}) names no denoiser that is read: {', '.join(FAMILIES)}")
     config = _config(place, DENOISERS)
     family = FAMILIES[config["_class_name"]]
-    shape = options.shape or family.shape(config)
-    process = from_scheduler(*_scheduler(folder), family.tokens(config, shape))
-    model, weights = _model(place, config, options.dtype)
+    weights = read(_weights_file(place))
+    shape = options.shape or weights.trained_shape or family.shape(config)
+    scheduler, where = _scheduler(folder)
+    process = from_scheduler(scheduler, where, family.tokens(config, shape))
+    model = _model(place, config, weights, options.dtype)
     denoiser = Denoiser(
         family.network(model, family.conditions(config), family.classes(config)), process.schedule, process.prediction,
         shape, process.time, output=process.output,
@@ -59,8 +63,9 @@ def load(folder: Path, options: Options) -> Denoiser:
     names = index.get("id2label")
     denoiser.info = {
         "format": f"diffusers {index.get('_class_name') or config['_class_name']}", "network": dict(config),
-        "class_names": _class_names(names) if isinstance(names, dict) else None, "variance": process.variance,
+        "class_names": _class_names(names) if isinstance(names, dict) else None, "variance": process.variance, **weights.training,
     }  # fmt: skip
+    denoiser.write = partial(_write, folder, place, index, where)
     if whole and (autoencoder := _component(folder, index, AUTOENCODERS)) is not None:
         denoiser.decoder = _decoder(autoencoder, options.dtype)
     if whole:
@@ -120,12 +125,22 @@ def _scheduler(folder: Path) -> tuple[dict[str, Any], Path]:
     )
 
 
-def _model(place: Path, config: dict[str, Any], dtype: torch.dtype | None) -> tuple[torch.nn.Module, Weights]:
-    """The model of a folder, in diffusers' own class, with the folder's weights."""
+def _write(folder: Path, place: Path, index: dict[str, Any], scheduler: Path, out: Path, network: Any, training: Any) -> None:
+    """The folder again, with a trained network: a pipeline stays a pipeline."""
+    named = [name for name, entry in index.items() if isinstance(entry, list) and name == Path(name).name != ".."]
+    parts = [folder / name for name in named]
+    others = [file for part in parts if part != place and part.is_dir() for file in sorted(part.rglob("*")) if file.is_file()]
+    for file in (*others, *([folder / INDEX] if index else []), place / CONFIG, scheduler):
+        rewrite.keep(file, out / (file.relative_to(folder) if file.is_relative_to(folder) else file.name))
+    target = out / place.relative_to(folder) / f"{STEM}.safetensors"
+    write(target, network.model.state_dict(), {"format": "pt", **rewrite.record(training)})
+
+
+def _model(place: Path, config: dict[str, Any], weights: Weights, dtype: torch.dtype | None) -> torch.nn.Module:
+    """The model of a folder's configuration, in diffusers' own class, with the folder's weights."""
     import diffusers
 
     cls = getattr(diffusers, str(config["_class_name"]))
-    weights = read(_weights_file(place))
     where = place / CONFIG
 
     def make() -> torch.nn.Module:
@@ -134,7 +149,7 @@ def _model(place: Path, config: dict[str, Any], dtype: torch.dtype | None) -> tu
             raise CheckpointError(f"{where}: {config['_class_name']} has no setting {listed(lost)}; a newer diffusers may")
         return model
 
-    return build(make, _renamed(weights.tensors), place, dtype), weights
+    return build(make, _renamed(weights.tensors), place, dtype)
 
 
 def _renamed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -161,4 +176,4 @@ def _weights_file(place: Path) -> Path:
 
 
 def _decoder(place: Path, dtype: torch.dtype | None) -> Decoder:
-    return Decoder(_model(place, _config(place, AUTOENCODERS), dtype)[0])
+    return Decoder(_model(place, _config(place, AUTOENCODERS), read(_weights_file(place)), dtype))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from ..denoiser import Denoiser, first_tensor
 from ..errors import CheckpointError
 from ..models.edm import EDMUNet
 from ..schedule import edm, namespace, ve, vp_from_alphas_cumprod, vp_linear
+from . import rewrite
 from .build import build
 from .options import Options
 from .process import Process
@@ -79,11 +81,12 @@ def from_weights(weights: Weights, options: Options) -> Denoiser:
     network: nn.Module = build(lambda: EDMUNet(shapes), tensors, path, options.dtype)
     assert isinstance(network, EDMUNet)
     channels = next(shape[1] for name, shape in shapes.items() if name.endswith("_conv.weight") and name.startswith("enc."))
-    shape = options.shape or (channels, network.side, network.side)
+    shape = options.shape or weights.trained_shape or (channels, network.side, network.side)
     denoiser = Denoiser(network, process.schedule, process.prediction, shape, process.time, output=process.output)
     denoiser.hash = weights.hash
     form = "ADM" if not network.song else "NCSN++" if hasattr(network, "map_noise") else "DDPM++"
-    denoiser.info = {"format": f"EDM, {form}" if kind == "EDMPrecond" else f"EDM, {form}, {kind}"}
+    denoiser.info = {"format": f"EDM, {form}" if kind == "EDMPrecond" else f"EDM, {form}, {kind}", **weights.training}
+    denoiser.write = partial(rewrite.in_file, path, {name: f"model.{name}" for name in tensors}, options.described(path))
     return denoiser
 
 

@@ -8,17 +8,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import save_file
 
 from ..denoiser import Denoiser, Network
 from ..errors import CheckpointError, FastdiffError
-from ..files import atomic
 from ..models import UNet, UNetConfig
 from ..plans import Plan
 from ..schedule import from_config
 from .build import build
 from .options import Options
-from .weights import Weights, read
+from .weights import Weights, read, write
 
 FORMAT = 1
 T = TypeVar("T")
@@ -27,9 +25,7 @@ METADATA = "fastdiff"  # the description's name in the file's metadata
 
 def save(path: str | Path, weights: dict[str, torch.Tensor], description: dict[str, Any]) -> None:
     """Writes weights and description {network, schedule, prediction, time_scale, data_range, shape, ...} atomically."""
-    metadata = {METADATA: json.dumps({"format": FORMAT, **description}, sort_keys=True)}
-    with atomic(path) as temporary:
-        save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, temporary, metadata=metadata)
+    write(path, weights, {METADATA: json.dumps({"format": FORMAT, **description}, sort_keys=True)})
 
 
 def recognise(weights: Weights) -> bool:

@@ -92,6 +92,7 @@ def _checkpoint(name: str) -> dict[str, Any]:
     from torch.nn import Module
 
     from ..checkpoints import load
+    from ..checkpoints.conditions import wanted
     from ..models.unet import count_parameters
     from .requests import class_names
 
@@ -108,9 +109,10 @@ def _checkpoint(name: str) -> dict[str, Any]:
         "classes": list(class_names(denoiser, name)),
         "decoder": None if denoiser.decoder is None else str(getattr(denoiser.decoder, "name", "yes")),
         "prompts": denoiser.encode is not None,
+        "conditions": list(wanted(denoiser)),
         "plan": None if denoiser.plan is None else denoiser.plan.name,
         "network": _short(denoiser.info.get("network")),
-        "training": denoiser.info.get("training"),
+        "training": _short(denoiser.info.get("training")),
         "sha256": denoiser.hash,
     }
 

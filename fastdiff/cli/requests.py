@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import FastdiffError
@@ -13,6 +14,7 @@ from ..streaming import Request
 if TYPE_CHECKING:
     import torch
 
+    from ..checkpoints.conditions import Conditions
     from ..denoiser import Denoiser
 
 MOST = 100_000  # all images of a sheet are held in memory, and a range is easily mistyped; -n streams any number
@@ -63,6 +65,25 @@ def prompted(denoiser: Denoiser, prompt: str | None) -> Denoiser:
             raise FastdiffError("this checkpoint has no text encoders: leave out --prompt")
         return denoiser
     return denoiser.bind(**denoiser.encode([prompt or ""]))
+
+
+def conditioned(denoiser: Denoiser, prompt: str | None, path: Path | None, count: int) -> tuple[Denoiser, Conditions | None]:
+    """A denoiser with its prompt bound, or with the first of `count` samples' conditions of a file, which come along.
+
+    Raises:
+        FastdiffError: both asked for; a file that does not fit the network.
+    """
+    from ..checkpoints.conditions import read_conditions, tried
+
+    if path is None:
+        return prompted(denoiser, prompt), None
+    if prompt is not None:
+        raise FastdiffError("--prompt and --condition both say what the network is told: leave out one of them")
+    found = read_conditions(path, denoiser, count)
+    bound = found.bound(denoiser, [0])
+    if bound.shape is not None:
+        tried(bound)
+    return bound, found
 
 
 def parse_classes(text: str | None, names: tuple[str, ...]) -> list[int] | None:

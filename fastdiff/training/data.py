@@ -1,4 +1,4 @@
-"""Training images as one uint8 array in memory, from an .npz file or a folder of images."""
+"""Training images as one array in memory, uint8 pixels or latents, from an .npz file or a folder of images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 @dataclass(frozen=True)
 class Images:
-    """x: (n, C, H, W) uint8; y: (n,) int64 labels or None; class names; sha256 of the file or of the pixels."""
+    """x: (n, C, H, W), uint8 or, as latents, float32; y: (n,) int64 labels or None; class names; sha256 of the file or pixels."""
 
     x: Tensor
     y: Tensor | None
@@ -31,9 +31,17 @@ class Images:
     def num_classes(self) -> int:
         return 0 if self.y is None else int(self.y.max()) + 1
 
+    def clean(self, index: Tensor) -> Tensor:
+        """Some of them as x0, float32: pixels from -1 to 1, latents as they are."""
+        x = self.x[index]
+        return x if x.is_floating_point() else x.float() / 127.5 - 1
 
-def load_images(path: str | Path, size: int | None = None) -> Images:
+
+def load_images(path: str | Path, size: int | None = None, latents: bool = False) -> Images:
     """Reads `x_train`/`x` and `y_train`/`y` of an .npz, or a folder (one subfolder a class, or images alone).
+
+    Args:
+        latents: whether `latents`, (n, C, h, w) floats scaled as the network sees them, may stand for x.
 
     Raises:
         FastdiffError: no such path, no images in it, or arrays of the wrong type or shape.
@@ -45,22 +53,38 @@ def load_images(path: str | Path, size: int | None = None) -> Images:
         raise FastdiffError(f"data must be an .npz file or a folder of images; given {path}")
     try:
         with np.load(path, allow_pickle=False) as f:
-            arrays = {k: f[k] for k in ("x_train", "x", "y_train", "y", "names") if k in f.files}
+            arrays = {k: f[k] for k in ("x_train", "x", "y_train", "y", "names", "latents") if k in f.files}
     except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error) as e:
         raise FastdiffError(f"cannot read {path} as an .npz of plain arrays: {e}") from e
-    x = arrays.get("x_train", arrays.get("x"))
     y = arrays.get("y_train", arrays.get("y"))
+    names = tuple(str(n) for n in arrays["names"]) if "names" in arrays else ()
+    if latents and "latents" in arrays:
+        return Images(_latents(path, arrays), _labels(path, y, len(arrays["latents"])), names, sha256(path))
+    x = arrays.get("x_train", arrays.get("x"))
     if x is None or x.dtype != np.uint8 or x.ndim not in (3, 4) or not x.size:
         raise FastdiffError(f"{path} must hold x or x_train, uint8, (n, H, W) or (n, H, W, C); given "
                             f"{None if x is None else (x.dtype.name, x.shape)}")  # fmt: skip
-    if y is not None and (y.shape != x.shape[:1] or y.dtype.kind not in "iu"):
-        raise FastdiffError(f"{path}: y must hold one integer an image; given {y.dtype.name} {y.shape} for {len(x)}")
-    if y is not None and y.min() < 0:
-        raise FastdiffError(f"{path}: labels count from 0; given {y.min()}")
     x = x[:, None] if x.ndim == 3 else np.moveaxis(x, -1, 1)
-    labels = None if y is None else torch.from_numpy(y.astype(np.int64))
-    names = tuple(str(n) for n in arrays["names"]) if "names" in arrays else ()
-    return Images(torch.from_numpy(np.ascontiguousarray(x)), labels, names, sha256(path))
+    return Images(torch.from_numpy(np.ascontiguousarray(x)), _labels(path, y, len(x)), names, sha256(path))
+
+
+def _labels(path: Path, y: np.ndarray | None, count: int) -> Tensor | None:
+    if y is None:
+        return None
+    if y.shape != (count,) or y.dtype.kind not in "iu":
+        raise FastdiffError(f"{path}: y must hold one integer an image; given {y.dtype.name} {y.shape} for {count}")
+    if y.min() < 0:
+        raise FastdiffError(f"{path}: labels count from 0; given {y.min()}")
+    return torch.from_numpy(y.astype(np.int64))
+
+
+def _latents(path: Path, arrays: dict[str, np.ndarray]) -> Tensor:
+    z = arrays["latents"]
+    if "x" in arrays or "x_train" in arrays:
+        raise FastdiffError(f"{path} holds images and latents: leave one of them out")
+    if z.dtype.kind != "f" or z.ndim != 4 or not z.size or not np.isfinite(z).all():
+        raise FastdiffError(f"{path}: latents must be finite floats (n, C, h, w); given {z.dtype.name} {z.shape}")
+    return torch.from_numpy(z.astype(np.float32))
 
 
 def _from_folder(path: Path, size: int | None) -> Images:

@@ -1,4 +1,4 @@
-"""Training a diffusion U-Net from images: resumable bit for bit, since draws are functions of seed, step and place in the batch.
+"""Training a diffusion network: resumable bit for bit, since draws are functions of seed, step and place in the batch.
 
 Under `torchrun` the processes share every batch, and what an image meets does not depend on which of them has it.
 """
@@ -9,17 +9,20 @@ import copy
 import dataclasses
 import io
 import math
+import operator
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from ..checkpoints import native
-from ..denoiser import Denoiser
+from ..checkpoints.conditions import Conditions
+from ..denoiser import Denoiser, rows_of
 from ..errors import FastdiffError
 from ..files import write_bytes
 from ..models import UNet, UNetConfig
@@ -31,6 +34,7 @@ from . import losses
 from .data import Images, batch_indices
 from .parallel import wrap
 from .skips import Skips
+from .taken_over import dropped, taken_over
 from .variance import bound
 
 
@@ -59,6 +63,7 @@ class TrainConfig:
     seed: int = 0
     network: dict[str, Any] = field(default_factory=dict)
     start: str = ""  # hash of the checkpoint whose weights the first step begins with; "" = drawn
+    condition: str = ""  # hash of the file that says what another library's network is conditioned on
     vlb: float = 0.0
     vlb_steps: int = 1000
 
@@ -111,18 +116,25 @@ def unet_config(config: TrainConfig, data: Images) -> UNetConfig:
     return made
 
 
-def continuing(config: TrainConfig, denoiser: Denoiser) -> TrainConfig:
+def continuing(config: TrainConfig, denoiser: Denoiser, conditions: Conditions | None = None) -> TrainConfig:
     """The configuration that goes on with a checkpoint: its network, schedule, prediction and time, the rest as given.
 
     Raises:
-        FastdiffError: its network is not our U-Net.
+        FastdiffError: a network that cannot be trained here, or saved as what it was.
     """
-    if not isinstance(denoiser.network, UNet):
-        kind = denoiser.info.get("format", type(denoiser.network).__name__)
-        raise FastdiffError(f"training goes on from fastdiff's and guided-diffusion's U-Nets; this is a network of {kind}")
+    own = isinstance(denoiser.network, UNet)
+    kind = denoiser.info.get("format", type(denoiser.network).__name__)
+    if not own and denoiser.write is None:
+        raise FastdiffError(
+            "training goes on from networks of fastdiff, guided-diffusion, EDM, diffusers and Stable Diffusion files; this is a "
+            f"network of {kind}"
+        )
+    if not own and config.vlb:
+        raise FastdiffError(f"vlb trains the variance of fastdiff's own U-Net; this is a network of {kind}: leave it out")
     return dataclasses.replace(
-        config, network=denoiser.network.config.asdict(), schedule=denoiser.schedule.config(), prediction=denoiser.prediction,
-        time_scale=denoiser.info.get("time_scale"), start=denoiser.hash,
+        config, network=denoiser.network.config.asdict() if isinstance(denoiser.network, UNet) else {},
+        schedule=denoiser.schedule.config(), prediction=denoiser.prediction, time_scale=denoiser.info.get("time_scale"),
+        start=denoiser.hash, condition="" if conditions is None else conditions.hash,
     )  # fmt: skip
 
 
@@ -158,7 +170,7 @@ def _check_fit(network: UNetConfig, data: Images, learned: bool) -> None:
 
 
 class Material(NamedTuple):
-    """Clean images x0 (B, C, H, W), times t (B,), noisy x, unit noise eps, levels that broadcast, labels (B,) or None."""
+    """Clean images x0 (B, C, H, W), times t (B,), noisy x, unit noise eps, levels that broadcast, what the network is told."""
 
     x0: Tensor
     t: Tensor
@@ -166,38 +178,49 @@ class Material(NamedTuple):
     eps: Tensor
     alpha: Tensor
     sigma: Tensor
-    labels: Tensor | None
+    cond: dict[str, Any]
 
 
 class Trainer:
     """Holds network, EMA and optimiser; `run()` trains to the end, saving `model.safetensors` (EMA) and `state.pt`.
 
-    With `start` the first step begins with that denoiser's weights (`continuing` makes the configuration).
+    With `start` the first step begins with that denoiser's weights (`continuing` makes the configuration). A network of another
+    library is saved in the layout that it came in, and told what `conditions` say, one row for all images or one for each.
 
     Raises:
         FastdiffError: resuming a run whose configuration or data differ (the message names them); a batch that the processes
             cannot share evenly.
     """
 
-    def __init__(self, config: TrainConfig, data: Images, out: Path, start: Denoiser | None = None) -> None:
-        self.config, self.data, self.out = config, data, out
+    def __init__(
+        self, config: TrainConfig, data: Images, out: Path, start: Denoiser | None = None, conditions: Conditions | None = None
+    ) -> None:
+        self.config, self.data, self.out, self.conditions = config, data, out, conditions
         self.schedule, self.world = _schedule(config.schedule), join()
         if config.batch % self.world.size:
             raise FastdiffError(f"a batch of {config.batch} cannot be shared evenly by {self.world.size} processes: change it")
         torch.manual_seed(config.seed)
-        self.network = UNet(unet_config(config, data))
-        if start is not None:
-            assert isinstance(start.network, UNet)
-            self.network.load_state_dict(start.network.state_dict())
+        if start is None or isinstance(start.network, UNet):
+            self.denoiser = self._own(start)
+        else:
+            self.denoiser = taken_over(start, data, conditions, config.label_dropout)
+        self.network = cast(Any, self.denoiser.network)
         self.ema = copy.deepcopy(self.network).requires_grad_(False)
         self.shared = wrap(self.network, self.world)  # the network whose gradients are those of the whole batch
         self.optimiser = torch.optim.AdamW(self.network.parameters(), lr=config.lr, weight_decay=0.0)
-        self.denoiser = Denoiser(self.network, self.schedule, config.prediction)  # checks the prediction's name
         self.step = 0
         self.losses: list[float] = []
         self.skips = Skips()
         if (out / "state.pt").exists():
             self._resume()
+
+    def _own(self, start: Denoiser | None) -> Denoiser:
+        """Our own U-Net, new or with the weights of `start`; the Denoiser checks the prediction's name."""
+        network, scale = UNet(unet_config(self.config, self.data)), self.config.time_scale
+        if start is not None:
+            network.load_state_dict(start.network.state_dict())  # type: ignore[attr-defined]
+        told = None if scale is None else partial(operator.mul, scale)
+        return Denoiser(network, self.schedule, self.config.prediction, time=told)
 
     @property
     def skipped(self) -> int:
@@ -227,7 +250,7 @@ class Trainer:
         """One optimiser step on the images and draws that (seed, step) determine; returns the loss of the whole batch."""
         c = self.config
         generator = torch.Generator().manual_seed(c.seed * 1_000_003 + self.step + 500_000_000)
-        self.network.train()
+        self.network.train(isinstance(self.network, UNet))
         for group in self.optimiser.param_groups:
             group["lr"] = c.lr * min((self.step + 1) / max(c.warmup, 1), 1.0) * (1 - self.step / c.steps)
         loss = self.loss(generator)
@@ -244,12 +267,12 @@ class Trainer:
     def loss(self, generator: torch.Generator) -> Tensor:
         """The weighted squared error of the network's output over this process's images of one batch."""
         c = self.config
-        x0, t, x, eps, alpha, sigma, labels = self._material(generator)
+        x0, t, x, eps, alpha, sigma, cond = self._material(generator)
         c_in = losses.coefficients(c.prediction, alpha, sigma, self.denoiser.sigma_data).c_in
         want = losses.target(c.prediction, x0, eps, alpha, sigma, self.denoiser.sigma_data)
-        c_noise = self.denoiser._at_tensor(x, t)[1] if c.time_scale is None else (t * c.time_scale).float()
+        c_noise = self.denoiser._at_tensor(x, t)[1]
         with torch.autocast("cpu", torch.bfloat16, enabled=c.bf16):
-            got = self.shared(x * c_in, c_noise, labels)
+            got = self.denoiser.output(self.shared(x * c_in, c_noise, **cond))
         got, v = got.float().split(x.shape[1], dim=1) if c.vlb else (got.float(), None)
         loss = (losses.weights(c.weighting, c.prediction, alpha, sigma) * (got - want).square()).mean()
         if v is None:
@@ -266,21 +289,33 @@ class Trainer:
         """
         c = self.config
         index = batch_indices(len(self.data.x), c.batch, self.step, c.seed)
-        x0 = self.data.x[index].float() / 127.5 - 1
+        x0 = self.data.clean(index)
         t = losses.sample_times(self.schedule, c.batch, c.times, generator)
         x, eps, alpha, sigma = losses.noised(x0, t, self.schedule, generator)
-        labels = self._labels(index, generator)
+        cond = self._cond(index, generator)
         mine = slice(self.world.rank, None, self.world.size)
         first = (c.seed * 1_000_003 + self.step) * 2_654_435_761  # near 2^32 over the golden ratio: steps lie far apart
         seed_dropout(self.network, range(first, first + c.batch)[mine])
-        cut = None if labels is None else labels[mine]
+        cut = rows_of(cond, torch.arange(c.batch)[mine], c.batch)
         return Material(x0[mine], t[mine], x[mine], eps[mine], alpha[mine], sigma[mine], cut)
+
+    def _cond(self, index: Tensor, generator: torch.Generator) -> dict[str, Any]:
+        """What the network is told of the images beside the time."""
+        labels = self._labels(index, generator) if self.denoiser.num_classes else None
+        out = {} if labels is None else {"class_labels": labels}
+        if self.conditions is None:
+            return out
+        cond, negative = self.conditions.rows(index)
+        if negative is not None and self.config.label_dropout:
+            drop = torch.rand(len(index), generator=generator) < self.config.label_dropout
+            cond = dropped(cond, negative, drop)
+        return out | cond
 
     def _labels(self, index: Tensor, generator: torch.Generator) -> Tensor | None:
         if self.data.y is None:
             return None
         dropped = torch.rand(len(index), generator=generator) < self.config.label_dropout
-        null = self.network.null_label
+        null = getattr(self.network, "null_label", None)
         if null is None:
             return self.data.y[index]
         return torch.where(dropped, null, self.data.y[index])
@@ -290,8 +325,13 @@ class Trainer:
         decay = min(self.config.ema, (1 + self.step) / (10 + self.step))  # the average starts short
         torch._foreach_lerp_(list(self.ema.parameters()), list(self.network.parameters()), 1 - decay)
 
+    def training(self) -> dict[str, Any]:
+        """What the checkpoint says of how it was trained."""
+        c = self.config
+        return {**asdict(c), "step": self.step, "images": self.step * c.batch, "data_sha256": self.data.digest}
+
     def description(self) -> dict[str, Any]:
-        """What the checkpoint says of itself; everything a Denoiser needs and how it was trained."""
+        """What a checkpoint of our own says of itself: everything a Denoiser needs and how it was trained."""
         c = self.config
         return {
             "network": self.network.config.asdict(),
@@ -301,19 +341,17 @@ class Trainer:
             "data_range": [-1, 1],
             "shape": list(self.data.x.shape[1:]),
             "class_names": list(self.data.names),
-            "training": {
-                **asdict(c),
-                "step": self.step,
-                "images": self.step * c.batch,
-                "data_sha256": self.data.digest,
-            },
+            "training": self.training(),
         }
 
     def save(self) -> None:
         """Writes the EMA weights as a checkpoint and the whole state for resuming; each appears whole or not at all."""
         if not self.world.first:
             return
-        native.save(self.out / "model.safetensors", self.ema.state_dict(), self.description())
+        if self.denoiser.write is None:
+            native.save(self.out / "model.safetensors", self.ema.state_dict(), self.description())
+        else:
+            self.denoiser.write(self.out, self.ema, {**self.training(), "shape": list(self.data.x.shape[1:])})
         state = {
             "config": asdict(self.config),
             "data_sha256": self.data.digest,
