@@ -67,7 +67,8 @@ class Denoiser:
         self.output = output or first_tensor
         self.cond: dict[str, Any] = {}
         self.plan: Plan | None = None  # the plan that a student or a tuned checkpoint ships with
-        self.tuned: tuple[Plan, ...] = ()  # plans tuned for it, one a budget and guidance: see `tuned_plan`
+        self.tuned: tuple[Plan, ...] = ()  # plans tuned for it, one a budget and guidance, and a student's own where it has
+        # one for each of several step counts: see `tuned_plan`
         self.info: dict[str, Any] = {}  # the checkpoint's own metadata
         self.decoder: Callable[[Tensor], Tensor] | None = None  # samples -> images in data_range, where samples are latents
         self.encode: Callable[[Sequence[str]], dict[str, Any]] | None = None  # prompts -> the conditions to bind
@@ -90,8 +91,34 @@ class Denoiser:
         """The conditions of the empty prompt, which guidance contrasts with; None where the checkpoint has no text encoders."""
         return None if self.encode is None else self.encode([""])
 
+    @property
+    def step_counts(self) -> tuple[int, ...]:
+        """The numbers of calls that a student of several was trained for; empty for any other network."""
+        return getattr(self.network, "step_counts", ())
+
+    def told_of(self, plan: Plan) -> Denoiser:
+        """The denoiser as it runs a plan: a student of several step counts is told the plan's, where no `steps` is bound.
+
+        Raises:
+            FastdiffError: a number of calls that the student was not trained for.
+        """
+        if not self.step_counts or "steps" in self.cond:
+            return self
+        self._check_count(plan.nfe)
+        return self.bind(steps=plan.nfe)
+
+    def _check_count(self, nfe: int) -> None:
+        if self.step_counts and nfe not in self.step_counts:
+            raise FastdiffError(f"this student was trained for {', '.join(map(str, self.step_counts))} calls; asked for {nfe}")
+
     def tuned_plan(self, nfe: int, guidance: float | None = None) -> Plan | None:
-        """The plan tuned for this checkpoint, its guidance (or the scale given) and `nfe` evaluations, where there is one."""
+        """The plan tuned for this checkpoint, its guidance (or the scale given) and `nfe` evaluations, where there is one; of a
+        student of several step counts its own.
+
+        Raises:
+            FastdiffError: a number of calls that such a student was not trained for.
+        """
+        self._check_count(nfe)
         return next((p for p in self.tuned if p.nfe == nfe and self.why_not(p, guidance) is None), None)
 
     def why_not(self, plan: Plan, guidance: float | None = None) -> str | None:

@@ -118,5 +118,6 @@ def _load_file(path: Path, options: Options) -> Denoiser:
 def _with_plans(denoiser: Denoiser, folder: Path) -> Denoiser:
     """The denoiser with the plans tuned for it that lie in `plans/` beside the checkpoint; others there are left alone."""
     found = [Plan.load(path) for path in sorted((folder / PLANS).glob("*.json")) if path.name != HASHES]
-    denoiser.tuned = tuple(plan for plan in found if plan.provenance.get("tuned_for", {}).get("checkpoint") == denoiser.hash)
+    mine = [plan for plan in found if plan.provenance.get("tuned_for", {}).get("checkpoint") == denoiser.hash]
+    denoiser.tuned = (*denoiser.tuned, *mine)
     return denoiser

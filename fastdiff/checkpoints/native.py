@@ -109,4 +109,5 @@ def assemble(network: Network, schedule: Any, description: dict[str, Any]) -> De
     denoiser.info = description
     if description.get("plan"):
         denoiser.plan = Plan.from_json(description["plan"])
+    denoiser.tuned = tuple(Plan.from_json(text) for text in description.get("plans", ()))
     return denoiser

@@ -61,6 +61,8 @@ def bench(
     else:
         chosen = quick_cells() if preset == "quick" else full_cells()
     denoiser = prompted(load(checkpoint), prompt)
+    if denoiser.step_counts and not (solvers or grids):
+        chosen = [cell for cell in chosen if cell.nfe in denoiser.step_counts]  # the others such a student refuses
     for path in plan or ():
         saved = load_plan(path, denoiser, guidance, force)
         chosen.append(Cell(path.stem, "plan", saved.nfe, saved))

@@ -89,8 +89,8 @@ class Distiller:
         self.world = join(self.settings.sharded)
         self.parts = self.settings.accumulate * self.world.size
         _check_parts(self.stages, self.parts)
-        for stage in self.stages:
-            method.plan(stage, teacher.schedule)  # now rather than at the stage's end
+        for stage in self.stages:  # now rather than at the stage's end
+            method.plan(stage, teacher.schedule), method.plans(stage, teacher.schedule)
         self.network = network
         self.averages = {name: spread(frozen(copy.deepcopy(network)), self.world) for name in method.averages()}
         assert isinstance(teacher.network, nn.Module)
@@ -180,7 +180,8 @@ class Distiller:
         batch = self._batch(stage, part)
         bound: dict[str, Any] = {} if batch.labels is None else {"class_labels": batch.labels}
         scale: dict[str, Any] = {} if batch.scales is None else {"guidance": batch.scales}
-        student, target = (d.bind(**bound, **scale) for d in (self.student, self.target))
+        count: dict[str, Any] = {} if batch.steps is None else {"steps": batch.steps}
+        student, target = (d.bind(**bound, **scale, **count) for d in (self.student, self.target))
         takes = getattr(self.teacher.network, "guidance_range", None) is not None
         teacher = self.teacher.bind(**bound, **(scale if takes else {}))
         with torch.autocast(batch.noise.device.type, torch.bfloat16, enabled=self.settings.bf16):
@@ -205,7 +206,9 @@ class Distiller:
         span = getattr(self.network, "guidance_range", None)
         if span is not None:
             scales = span[0] + (span[1] - span[0]) * torch.rand(n, generator=generator)
-        return Batch(x0, noise, labels, generator, scales)
+        # in turn, and the same on every process: with shares of weights all must call the network equally often
+        counts = getattr(self.network, "step_counts", ())
+        return Batch(x0, noise, labels, generator, scales, counts[number % len(counts)] if counts else None)
 
     @torch.no_grad()
     def _update_averages(self) -> None:
@@ -264,6 +267,7 @@ class Distiller:
             **{k: v for k, v in self.source.info.items() if k != "format"}, "training": {**kept, "distilled": about},
             "network": self.network.config.asdict(), "prediction": self.student.prediction,  # type: ignore[operator, union-attr]
             "plan": self.method.plan(stage, self.source.schedule).to_json(),
+            "plans": [plan.to_json() for plan in self.method.plans(stage, self.source.schedule)],
         }  # fmt: skip
 
     def _identity(self) -> dict[str, Any]:

@@ -61,7 +61,7 @@ class Match(Method):
         return self.then.averages()
 
     def network(self, teacher: Denoiser, config: UNetConfig) -> UNetConfig:
-        fixed = {"in_channels", "out_channels", "num_classes", "null_class", "learned_variance", "guidance_range"}
+        fixed = {"in_channels", "out_channels", "num_classes", "null_class", "learned_variance", "guidance_range", "step_counts"}
         known = {f.name for f in dataclasses.fields(UNetConfig)} - fixed
         if unknown := sorted(set(self.changes) - known):
             raise FastdiffError(f"a student's network cannot have another {', '.join(unknown)} than its teacher's; it may have "
@@ -105,3 +105,6 @@ class Match(Method):
 
     def plan(self, stage: Stage, schedule: NoiseSchedule) -> Plan:
         return super().plan(stage, schedule) if isinstance(stage, Matching) else self.then.plan(stage, schedule)
+
+    def plans(self, stage: Stage, schedule: NoiseSchedule) -> tuple[Plan, ...]:
+        return () if isinstance(stage, Matching) else self.then.plans(stage, schedule)

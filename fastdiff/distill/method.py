@@ -33,14 +33,15 @@ class Stage:
 
 
 class Batch(NamedTuple):
-    """One update's material: clean images (B, *) or None, unit noise (B, *), class labels (B,) or None, guidance scales (B,)
-    where the student takes one, and its generator."""
+    """One update's material: clean images (B, *) or None, unit noise (B, *), class labels (B,) or None, its generator, guidance
+    scales (B,) where the student takes one, and the number of calls where it is told that (the same in every part of a batch)."""
 
     x0: Tensor | None
     noise: Tensor
     labels: Tensor | None
     generator: torch.Generator
     scales: Tensor | None = None
+    steps: int | None = None
 
     @property
     def images(self) -> Tensor:
@@ -88,12 +89,16 @@ class Method(ABC):
 
     @abstractmethod
     def loss(self, student: Denoiser, teacher: Denoiser, target: Denoiser, batch: Batch) -> Tensor:
-        """The loss of one update; a scalar with a graph to the student's weights alone. Labels and scales are bound already;
+        """The loss of one update; a scalar with a graph to the student's weights alone. All conditions are bound already;
         `target` is the average of that name, or the student itself, to be called without gradients."""
 
     def plan(self, stage: Stage, schedule: NoiseSchedule) -> Plan:
         """How the stage's student is sampled: DDIM on its own times."""
         return make_plan("ddim", schedule, stage.steps, grid=times(schedule, stage.steps).tolist())
+
+    def plans(self, stage: Stage, schedule: NoiseSchedule) -> tuple[Plan, ...]:
+        """One for each step count of a student of several; else none beside `plan`."""
+        return ()
 
 
 def times(schedule: NoiseSchedule, steps: int) -> np.ndarray:

@@ -13,6 +13,7 @@ from ..denoiser import Denoiser
 from ..errors import FastdiffError
 from ..models import UNet
 from ..training.data import Images
+from .lora import ADDED
 from .method import Method
 
 
@@ -38,15 +39,18 @@ def student_network(teacher: Denoiser, method: Method) -> UNet:
     """
     if not isinstance(teacher.network, UNet) or not teacher.info:
         raise FastdiffError("a teacher is a checkpoint of fastdiff's own format: its description goes into the student's")
-    config = method.network(teacher, teacher.network.config)
-    if config == teacher.network.config:
+    own = teacher.network.config
+    if own.step_counts:
+        raise FastdiffError("this teacher is a student of several step counts, each a sampler of its own: distil its teacher")
+    config = method.network(teacher, own)
+    if config == own:
         return copy.deepcopy(teacher.network).eval().requires_grad_(True)
     with torch.random.fork_rng(devices=[]):  # what is added and not zero is the same in every run
         torch.manual_seed(0)
         student = UNet(config)
-    if dataclasses.replace(config, guidance_range=teacher.network.config.guidance_range) == teacher.network.config:
+    if dataclasses.replace(config, guidance_range=own.guidance_range, step_counts=None) == own:
         missing, unexpected = student.load_state_dict(teacher.network.state_dict(), strict=False)
-        assert not unexpected and all(name.startswith("guidance_embed") for name in missing), (missing, unexpected)
+        assert not unexpected and all(name.startswith(ADDED) for name in missing), (missing, unexpected)
     return student.eval().requires_grad_(True)
 
 
