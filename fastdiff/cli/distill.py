@@ -38,7 +38,7 @@ def distill(
     data: Annotated[Path | None, typer.Option(help=".npz or folder of images, where the method needs them")] = None,
     lora: Annotated[int, typer.Option(min=0, help="rank of a LoRA student (peft), saved merged and as an adapter; 0 = full")] = 0,
     network: Annotated[str | None, typer.Option(help='U-Net settings of another student, such as {"model_channels": 32}')] = None,
-    prediction: Annotated[str | None, typer.Option(help="of the student: v or x0; else what the teacher predicts")] = None,
+    prediction: Annotated[str | None, typer.Option(help="of the student: v, x0 or both; else what the teacher predicts")] = None,
     match_updates: Annotated[int | None, typer.Option(min=1, help="of its first stage: to predict what the teacher does")] = None,
     match_lr: Annotated[float | None, typer.Option(help="learning rate of that stage")] = None,
     accumulate: Annotated[int, typer.Option(min=1, help="parts of a batch on each process: less memory")] = 1,

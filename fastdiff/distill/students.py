@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..denoiser import Denoiser
 from ..errors import FastdiffError
-from ..models import UNet
+from ..models import UNet, UNetConfig
 from ..training.data import Images
 from .lora import ADDED
 from .method import Method
+
+
+# of a student of "both", in multiples of its teacher's output: x0 and eps. For v, c (cos + sin) is nearest to 1 over all angles
+HEADS = {"eps": (0.0, 1.0), "x0": (1.0, 0.0), "v": (-4 / (math.pi + 2), 4 / (math.pi + 2))}
+OUTPUT = ("out.2.weight", "out.2.bias")
 
 
 def with_network(denoiser: Denoiser, network: Any, prediction: str | None = None) -> Denoiser:
@@ -48,10 +54,24 @@ def student_network(teacher: Denoiser, method: Method) -> UNet:
     with torch.random.fork_rng(devices=[]):  # what is added and not zero is the same in every run
         torch.manual_seed(0)
         student = UNet(config)
-    if dataclasses.replace(config, guidance_range=own.guidance_range, step_counts=None) == own:
-        missing, unexpected = student.load_state_dict(teacher.network.state_dict(), strict=False)
+    outputs = {"out_channels": own.out_channels, "learned_variance": own.learned_variance}
+    if dataclasses.replace(config, guidance_range=own.guidance_range, step_counts=None, **outputs) == own:
+        weights = teacher.network.state_dict()
+        if config.out_channels != own.out_channels:
+            weights |= _heads(weights, teacher.prediction, config)
+        missing, unexpected = student.load_state_dict(weights, strict=False)
         assert not unexpected and all(name.startswith(ADDED) for name in missing), (missing, unexpected)
     return student.eval().requires_grad_(True)
+
+
+def _heads(weights: dict[str, Tensor], prediction: str, config: UNetConfig) -> dict[str, Tensor]:
+    """The output layer of a student of "both" from its teacher's, a variance's rows left out; zero where it is the teacher that
+    predicts both."""
+    if config.out_channels == config.in_channels:
+        return {name: torch.zeros_like(weights[name][: config.out_channels]) for name in OUTPUT}
+    x0, eps = HEADS.get(prediction, (0.0, 0.0))
+    first = {name: weights[name][: config.in_channels] for name in OUTPUT}
+    return {name: torch.cat([x0 * layer, eps * layer]) for name, layer in first.items()}
 
 
 def check_data(teacher: Denoiser, method: Method, data: Images | None) -> None:

@@ -120,7 +120,7 @@ def test_a_run_with_other_images_or_a_damaged_state_is_not_resumed(tmp_path, dat
 
 
 @pytest.mark.parametrize("weighting", ["simple", "edm", "min_snr"])
-@pytest.mark.parametrize("prediction", ["eps", "x0", "v", "flow", "edm"])
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v", "flow", "edm", "both"])
 def test_the_loss_falls(tmp_path, data, prediction, weighting):
     """On one fixed set of times and noises, so that the draws of single steps do not decide."""
     trainer = Trainer(config(prediction=prediction, weighting=weighting, lr=4e-3), data, tmp_path)
