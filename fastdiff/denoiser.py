@@ -142,6 +142,15 @@ class Denoiser:
             return f"it was tuned at guidance {', '.join(f'{s:g}' for s in scales)}, not at this one"
         return None
 
+    def with_network(self, network: Network, prediction: str | None = None) -> Denoiser:
+        """A copy around another network, of another prediction where given, without the plans that belonged to its own."""
+        out = copy.copy(self)
+        out.network, out.plan, out.tuned, out.levels = network, None, (), {}
+        out.prediction = prediction or self.prediction
+        check_prediction(out.prediction)
+        out.__dict__.pop("_dtype", None)
+        return out
+
     def bind(self, **cond: Any) -> Denoiser:
         """A copy with conditioning attached: it is passed to every call of the network, by name."""
         bound = copy.copy(self)

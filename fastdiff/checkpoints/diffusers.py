@@ -6,6 +6,7 @@ The classes are diffusers' own; reading is ours: configurations are checked, wei
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,27 +47,46 @@ def load(folder: Path, options: Options) -> Denoiser:
     if place is None:
         of = str(index.get("_class_name"))[:60]
         raise CheckpointError(f"{folder / INDEX} ({of}) names no denoiser that is read: {', '.join(FAMILIES)}")
-    config = _config(place, DENOISERS)
-    family = FAMILIES[config["_class_name"]]
-    shape = options.shape or family.shape(config)
-    process = from_scheduler(*_scheduler(folder), family.tokens(config, shape))
-    model, weights = _model(place, config, options.dtype)
-    denoiser = Denoiser(
-        family.network(model, family.conditions(config), family.classes(config)), process.schedule, process.prediction,
-        shape, process.time, output=process.output,
-    )  # fmt: skip
+    config, (scheduler, where) = _config(place, DENOISERS), _scheduler(folder)
+    weights = read(_weights_file(place))
+    denoiser = _denoiser(config, place, scheduler, where, _renamed(weights.tensors), options)
     denoiser.hash = weights.hash
     names = index.get("id2label")
-    denoiser.info = {
-        "format": f"diffusers {index.get('_class_name') or config['_class_name']}", "network": dict(config),
-        "class_names": _class_names(names) if isinstance(names, dict) else None, "variance": process.variance,
-    }  # fmt: skip
+    denoiser.info |= {
+        "format": f"diffusers {index.get('_class_name') or config['_class_name']}",
+        "class_names": _class_names(names) if isinstance(names, dict) else None,
+    }
     if whole and (autoencoder := _component(folder, index, AUTOENCODERS)) is not None:
         denoiser.decoder = _decoder(autoencoder, options.dtype)
     if whole:
         from .text import encoder
 
         denoiser.encode = encoder(folder, index, denoiser)
+    if denoiser.decoder is None and denoiser.encode is None:  # else the network is not all that there is
+        denoiser.info["layout"] = {"name": "diffusers", "scheduler": scheduler}
+    return denoiser
+
+
+def rebuilt(description: dict[str, Any], weights: Weights, options: Options) -> Denoiser:
+    """The denoiser of a student of such a folder's network, from fastdiff's own file."""
+    needed("diffusers", "networks of diffusers")
+    path = weights.paths[0]
+    options = replace(options, shape=options.shape or tuple(description["shape"]))
+    config = _checked(dict(description["network"]), path, DENOISERS)
+    tensors = {name.removeprefix("model."): tensor for name, tensor in weights.tensors.items()}
+    return _denoiser(config, path, dict(description["layout"]["scheduler"]), path, tensors, options)
+
+
+def _denoiser(
+    config: dict[str, Any], where: Path, scheduler: dict[str, Any], told: Path, tensors: dict[str, torch.Tensor], options: Options
+) -> Denoiser:
+    """The denoiser of a network's configuration (which `where` holds) and weights, and its scheduler's configuration (`told`)."""
+    family = FAMILIES[config["_class_name"]]
+    shape = options.shape or family.shape(config)
+    process = from_scheduler(scheduler, told, family.tokens(config, shape))
+    network = family.network(_model(config, where, tensors, options.dtype), family.conditions(config), family.classes(config))
+    denoiser = Denoiser(network, process.schedule, process.prediction, shape, process.time, output=process.output)
+    denoiser.info = {"network": dict(config), "variance": process.variance}
     return denoiser
 
 
@@ -96,15 +116,18 @@ def _component(folder: Path, index: dict[str, Any], classes: Sequence[str]) -> P
 
 def _config(place: Path, classes: Sequence[str]) -> dict[str, Any]:
     """A model's configuration, its class among these and named as diffusers names it today."""
-    config = read_json(place / CONFIG)
+    return _checked(read_json(place / CONFIG), place / CONFIG, classes)
+
+
+def _checked(config: dict[str, Any], where: Path, classes: Sequence[str]) -> dict[str, Any]:
     name = config.get("_class_name")
     if name not in classes:
-        raise CheckpointError(f"{place / CONFIG}: class {str(name)[:60]!r} is not read here; {', '.join(classes)} are")
-    check_values(config, place / CONFIG)
+        raise CheckpointError(f"{where}: class {str(name)[:60]!r} is not read here; {', '.join(classes)} are")
+    check_values(config, where)
     if name == LEGACY:
         if (kind := config.get("norm_type")) not in LEGACY_NORMS:
             known = ", ".join(LEGACY_NORMS)
-            raise CheckpointError(f"{place / CONFIG}: a {LEGACY} with norm_type {str(kind)[:60]!r} is not read; {known} are")
+            raise CheckpointError(f"{where}: a {LEGACY} with norm_type {str(kind)[:60]!r} is not read; {known} are")
         config["_class_name"] = LEGACY_NORMS[kind]
     return config
 
@@ -120,13 +143,13 @@ def _scheduler(folder: Path) -> tuple[dict[str, Any], Path]:
     )
 
 
-def _model(place: Path, config: dict[str, Any], dtype: torch.dtype | None) -> tuple[torch.nn.Module, Weights]:
-    """The model of a folder, in diffusers' own class, with the folder's weights."""
+def _model(
+    config: dict[str, Any], where: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype | None
+) -> torch.nn.Module:
+    """The model of a configuration, in diffusers' own class, with these weights."""
     import diffusers
 
     cls = getattr(diffusers, str(config["_class_name"]))
-    weights = read(_weights_file(place))
-    where = place / CONFIG
 
     def make() -> torch.nn.Module:
         model, unused = cls.from_config(config, return_unused_kwargs=True)
@@ -134,7 +157,7 @@ def _model(place: Path, config: dict[str, Any], dtype: torch.dtype | None) -> tu
             raise CheckpointError(f"{where}: {config['_class_name']} has no setting {listed(lost)}; a newer diffusers may")
         return model
 
-    return build(make, _renamed(weights.tensors), place, dtype), weights
+    return build(make, tensors, where, dtype)
 
 
 def _renamed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -161,4 +184,4 @@ def _weights_file(place: Path) -> Path:
 
 
 def _decoder(place: Path, dtype: torch.dtype | None) -> Decoder:
-    return Decoder(_model(place, _config(place, AUTOENCODERS), dtype)[0])
+    return Decoder(_model(_config(place, AUTOENCODERS), place, _renamed(read(_weights_file(place)).tensors), dtype))

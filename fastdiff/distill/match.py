@@ -86,6 +86,10 @@ class Match(Method):
                                 "channel_mult")  # fmt: skip
         return made
 
+    def adds(self) -> str:
+        mine = "other settings" if self.changes else "a second output" if self.predicts == "both" else ""
+        return mine or self.then.adds()
+
     def prediction(self, teacher: Denoiser) -> str:
         return self.predicts or self.then.prediction(teacher)
 

@@ -16,6 +16,7 @@ from ..models import UNetConfig
 from ..plans import Plan
 from ..schedule import NoiseSchedule
 from ..solvers import plan as make_plan
+from .segments import nodes
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,10 @@ class Method(ABC):
         """The student's network, where it is not the teacher's own: inputs that the teacher's has not, or another shape."""
         return config
 
+    def adds(self) -> str:
+        """What `network` gives the student beyond its teacher's network, in words. Any network can learn where it is "" = nothing."""
+        return ""
+
     def prediction(self, teacher: Denoiser) -> str:
         """What the student's network predicts."""
         return teacher.prediction
@@ -102,8 +107,8 @@ class Method(ABC):
 
 
 def times(schedule: NoiseSchedule, steps: int) -> np.ndarray:
-    """The student's times, noisiest first: uniform, from t_max, the last of them one step above t_min."""
-    return np.linspace(schedule.t_max, schedule.t_min, steps + 1)[:-1]
+    """The student's times, noisiest first: spaced as `nodes` says, from t_max, the last of them one step above t_min."""
+    return nodes(schedule, schedule.t_max, schedule.t_min, steps + 1)[:-1]
 
 
 def noisy(batch: Batch, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -54,6 +54,9 @@ class Trajectory(Method):
     def network(self, teacher: Denoiser, config: UNetConfig) -> UNetConfig:
         return dataclasses.replace(config, step_counts=self.counts) if self.counts else config
 
+    def adds(self) -> str:
+        return "the number of its calls as an input" if self.counts else ""
+
     def stages(self) -> list[Stage]:
         return [Stage(self.steps, self.updates, self.lr, self.batch)]
 
