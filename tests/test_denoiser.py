@@ -82,7 +82,7 @@ def test_both_heads_are_the_papers_combination(schedule):
     s, f = schedule, torch.cat([2 * X0 - 1, EPS + 0.3], 1)
     den = fd.Denoiser(lambda y, c: f, s, "both")
     for t in (0.4 * s.t_max, torch.tensor([0.2, 0.4, 0.7], dtype=torch.float64) * s.t_max):
-        alpha, sigma = column(s.alpha(torch.as_tensor(t))), column(s.sigma(torch.as_tensor(t)))
+        alpha, sigma = (column(f(torch.as_tensor(t, dtype=torch.float64))) for f in (s.alpha, s.sigma))
         by_eps = (X0 - sigma * f[:, X0.shape[1] :]) / alpha
         want = (sigma**2 * f[:, : X0.shape[1]] + alpha**2 * by_eps) / (alpha**2 + sigma**2)
         torch.testing.assert_close(den(X0, t), want, rtol=1e-10, atol=1e-10)

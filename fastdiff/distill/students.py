@@ -68,8 +68,9 @@ def student_network(teacher: Denoiser, method: Method) -> nn.Module:
         FastdiffError: a teacher that nobody can learn from, or not by this method.
     """
     check_teacher(teacher, method)
+    assert isinstance(teacher.network, nn.Module)
     if not own_format(teacher):
-        return copy.deepcopy(teacher.network).eval().requires_grad_(True)  # type: ignore[union-attr]
+        return copy.deepcopy(teacher.network).eval().requires_grad_(True)
     assert isinstance(teacher.network, UNet)
     own = teacher.network.config
     if own.step_counts:

@@ -21,7 +21,7 @@ from fastdiff.errors import CheckpointError, FastdiffError
 from fastdiff.training.data import Images
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # inside diffusers itself
-SHORT = Trajectory(2, updates=2, batch=2, calls=1, lr=1e-3)
+SHORT = Trajectory(2, updates=2, batch=2, calls=2, lr=1e-3)
 COLOUR = Images(torch.randint(0, 256, (12, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)), None, (), "d")
 
 
