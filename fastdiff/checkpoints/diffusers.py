@@ -47,10 +47,10 @@ def load(folder: Path, options: Options) -> Denoiser:
     if place is None:
         of = str(index.get("_class_name"))[:60]
         raise CheckpointError(f"{folder / INDEX} ({of}) names no denoiser that is read: {', '.join(FAMILIES)}")
-    config, (scheduler, where) = _config(place, DENOISERS), _scheduler(folder)
+    config = _config(place, DENOISERS)
     weights = read(_weights_file(place))
-    denoiser = _denoiser(config, place, scheduler, where, _renamed(weights.tensors), options)
-    denoiser.hash = weights.hash
+    scheduler, where = _scheduler(folder)
+    denoiser = _denoiser(place, config, weights, scheduler, where, options)
     names = index.get("id2label")
     denoiser.info |= {
         "format": f"diffusers {index.get('_class_name') or config['_class_name']}",
@@ -73,19 +73,23 @@ def rebuilt(description: dict[str, Any], weights: Weights, options: Options) -> 
     path = weights.paths[0]
     options = replace(options, shape=options.shape or tuple(description["shape"]))
     config = _checked(dict(description["network"]), path, DENOISERS)
-    tensors = {name.removeprefix("model."): tensor for name, tensor in weights.tensors.items()}
-    return _denoiser(config, path, dict(description["layout"]["scheduler"]), path, tensors, options)
+    inner = Weights({name.removeprefix("model."): tensor for name, tensor in weights.tensors.items()}, weights.paths)
+    return _denoiser(path, config, inner, dict(description["layout"]["scheduler"]), path, options)
 
 
 def _denoiser(
-    config: dict[str, Any], where: Path, scheduler: dict[str, Any], told: Path, tensors: dict[str, torch.Tensor], options: Options
+    place: Path, config: dict[str, Any], weights: Weights, scheduler: dict[str, Any], where: Path, options: Options
 ) -> Denoiser:
-    """The denoiser of a network's configuration (which `where` holds) and weights, and its scheduler's configuration (`told`)."""
+    """The denoiser of a network's configuration and weights, which `place` holds, and its scheduler's configuration."""
     family = FAMILIES[config["_class_name"]]
     shape = options.shape or family.shape(config)
-    process = from_scheduler(scheduler, told, family.tokens(config, shape))
-    network = family.network(_model(config, where, tensors, options.dtype), family.conditions(config), family.classes(config))
-    denoiser = Denoiser(network, process.schedule, process.prediction, shape, process.time, output=process.output)
+    process = from_scheduler(scheduler, where, family.tokens(config, shape))
+    model = _model(place, config, weights, options.dtype)
+    denoiser = Denoiser(
+        family.network(model, family.conditions(config), family.classes(config)), process.schedule, process.prediction,
+        shape, process.time, output=process.output,
+    )  # fmt: skip
+    denoiser.hash = weights.hash
     denoiser.info = {"network": dict(config), "variance": process.variance}
     return denoiser
 
@@ -143,13 +147,12 @@ def _scheduler(folder: Path) -> tuple[dict[str, Any], Path]:
     )
 
 
-def _model(
-    config: dict[str, Any], where: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype | None
-) -> torch.nn.Module:
-    """The model of a configuration, in diffusers' own class, with these weights."""
+def _model(place: Path, config: dict[str, Any], weights: Weights, dtype: torch.dtype | None) -> torch.nn.Module:
+    """The model of a folder, in diffusers' own class, with these weights."""
     import diffusers
 
     cls = getattr(diffusers, str(config["_class_name"]))
+    where = place / CONFIG
 
     def make() -> torch.nn.Module:
         model, unused = cls.from_config(config, return_unused_kwargs=True)
@@ -157,7 +160,7 @@ def _model(
             raise CheckpointError(f"{where}: {config['_class_name']} has no setting {listed(lost)}; a newer diffusers may")
         return model
 
-    return build(make, tensors, where, dtype)
+    return build(make, _renamed(weights.tensors), place, dtype)
 
 
 def _renamed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -184,4 +187,4 @@ def _weights_file(place: Path) -> Path:
 
 
 def _decoder(place: Path, dtype: torch.dtype | None) -> Decoder:
-    return Decoder(_model(_config(place, AUTOENCODERS), place, _renamed(read(_weights_file(place)).tensors), dtype))
+    return Decoder(_model(place, _config(place, AUTOENCODERS), read(_weights_file(place)), dtype))

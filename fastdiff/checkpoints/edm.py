@@ -90,9 +90,10 @@ def rebuilt(description: dict[str, Any], weights: Weights, options: Options) -> 
 def _denoiser(
     weights: Weights, tensors: dict[str, Tensor], options: Options, kind: str, settings: Settings, levels: list[float] | None
 ) -> Denoiser:
-    path = weights.paths[0]
+    path, wrapper = weights.paths[0], KINDS[kind]
+    table = None if levels is None else torch.tensor(levels, dtype=torch.float64)
     try:
-        process = KINDS[kind].process({**KINDS[kind].settings, **settings}, None if levels is None else torch.tensor(levels).double())
+        process = wrapper.process({**wrapper.settings, **settings}, table)
     except ValueError as e:  # a schedule refuses its numbers
         raise CheckpointError(f"{path}: {kind}: {e}") from e
     shapes = {name: tuple(t.shape) for name, t in tensors.items()}

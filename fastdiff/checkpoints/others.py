@@ -73,9 +73,7 @@ def from_weights(weights: Weights, options: Options) -> Denoiser:
         native.attach_plans(made, description)
         return made
 
-    denoiser = native.guarded(path, make)
-    denoiser.hash = weights.hash
-    return denoiser
+    return native.guarded(path, make)
 
 
 def _like(description: dict[str, Any], weights: Weights, options: Options) -> Denoiser:
@@ -88,4 +86,6 @@ def _like(description: dict[str, Any], weights: Weights, options: Options) -> De
         raise CheckpointError(f"{path}: it was made on schedule {description['schedule']}, like= has {like.schedule.config()}")
     network = copy.deepcopy(like.network).requires_grad_(False).eval()
     fit(network, weights.tensors, path, options.dtype)
-    return like.with_network(network)
+    made = like.with_network(network)
+    made.hash = weights.hash
+    return made

@@ -142,6 +142,17 @@ def test_a_student_of_another_network_is_matched_at_every_count(teacher, tmp_pat
 
 
 @pytest.mark.slow
+def test_the_benchmark_command_takes_such_a_student(fastdiff, trained, tmp_path):
+    """Of the preset's budgets it runs those that the student knows (here none), and its own plans."""
+    code, _, err = fastdiff("bench", trained[0], "--n", 4, "--out", tmp_path / "b")
+    assert code == 0, err
+    record = json.loads((tmp_path / "b" / "results.json").read_text())
+    assert [(r["line"], r["nfe"]) for r in record["cells"]] == [("student", 1), ("student", 3)]
+    code, _, err = fastdiff("bench", trained[0], "--solvers", "ddim", "--nfe", "2", "--n", 4, "--out", tmp_path / "c")
+    assert code == 2 and "1, 3 calls" in err and err.strip().count("\n") == 0
+
+
+@pytest.mark.slow
 def test_an_engine_is_told_its_plans_count(trained, tmp_path):
     """The export's own gate compares the engine with the eager sampler, which tells the network the plan's count."""
     pytest.importorskip("onnxruntime")
