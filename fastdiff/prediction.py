@@ -72,7 +72,7 @@ def joined(x0: Level, eps: Level, c: Coefficients) -> Level:
     """The v = alpha eps - sigma x0 of a network that predicts both (Salimans and Ho 2022, section 4), `c` being its coefficients:
     c_skip = alpha/n and c_out = -sigma/n with n = alpha^2 + sigma^2 give alpha and sigma back.
 
-    D is then the paper's (sigma^2 x0 + alpha^2 (x - sigma eps)/alpha)/n: x0 counts where there is noise, eps where there is little,
-    and nothing is divided by alpha.
+    D is then the paper's (sigma^2 x0 + alpha^2 (x - sigma eps)/alpha)/n: x0 counts where there is noise, eps where there is
+    little, and nothing is divided by alpha.
     """
     return (eps * c.c_skip + x0 * c.c_out) / (c.c_skip**2 + c.c_out**2)

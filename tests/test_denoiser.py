@@ -77,8 +77,8 @@ def test_target_is_what_the_definition_says(prediction):
 
 @pytest.mark.parametrize("schedule", [fd.schedule.vp_cosine(), fd.schedule.flow(), fd.schedule.ve()], ids=lambda s: s.name)
 def test_both_heads_are_the_papers_combination(schedule):
-    """Heads that contradict each other: (sigma^2 x0 + alpha^2 (x - sigma eps)/alpha) over alpha^2 + sigma^2 (Salimans and Ho 2022,
-    section 4), for one time and for one a sample; at full noise the x0 head alone."""
+    """Heads that contradict each other: (sigma^2 x0 + alpha^2 (x - sigma eps)/alpha) over alpha^2 + sigma^2 (Salimans and Ho
+    2022, section 4), for one time and for one a sample; at full noise the x0 head alone."""
     s, f = schedule, torch.cat([2 * X0 - 1, EPS + 0.3], 1)
     den = fd.Denoiser(lambda y, c: f, s, "both")
     for t in (0.4 * s.t_max, torch.tensor([0.2, 0.4, 0.7], dtype=torch.float64) * s.t_max):

@@ -21,7 +21,7 @@ def distill(
     out: Annotated[Path, typer.Option(help="run folder: model.safetensors (the latest finished stage), state.pt, loss.png")],
     teacher: Annotated[str, typer.Argument(help=CHECKPOINT_HELP)] = "fashion-mnist",
     method: Annotated[str, typer.Option(help="progressive, guided, trajectory, consistency or ect")] = "progressive",
-    steps: Annotated[str, typer.Option(help="network calls of the student; trajectory: of one for several too, such as 1,2,4")] = "4",
+    steps: Annotated[str, typer.Option(help="network calls of the student; trajectory: several too, such as 1,2,4")] = "4",
     start: Annotated[int | None, typer.Option(help="progressive, guided: first steps, --steps times a power of two")] = None,
     updates: Annotated[int | None, typer.Option(min=1, help="optimiser steps of each stage")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="images an update, all processes and parts together")] = None,

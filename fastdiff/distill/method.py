@@ -73,7 +73,7 @@ class Method(ABC):
         return config
 
     def adds(self) -> str:
-        """What `network` gives the student beyond its teacher's network, in words. Any network can learn where it is "" = nothing."""
+        """What `network` gives the student beyond its teacher's network, in words; where it is "", any network can learn."""
         return ""
 
     def prediction(self, teacher: Denoiser) -> str:

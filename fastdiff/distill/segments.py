@@ -27,7 +27,7 @@ class Segments:
     Args:
         times: (n,) starts of the intervals, noisiest first.
         calls: evaluations in each interval.
-        solver: a deterministic solver; the teacher's nodes inside an interval are spaced as those between the intervals (`nodes`).
+        solver: a deterministic solver; the teacher's nodes inside an interval are spaced as the intervals are (`nodes`).
     """
 
     def __init__(self, schedule: NoiseSchedule, times: Sequence[float], calls: int, solver: str = "ddim") -> None:

@@ -39,11 +39,12 @@ def check_teacher(teacher: Denoiser, method: Method) -> None:
     """
     network = teacher.network
     if not isinstance(network, nn.Module) or not any(True for _ in network.parameters()):
-        raise FastdiffError("a teacher is a checkpoint of fastdiff's own format, another that fd.load reads, or a Denoiser around a "
-                            f"torch module with parameters; this one's network is a {type(network).__name__}")  # fmt: skip
+        kind = type(network).__name__
+        raise FastdiffError("a teacher is a checkpoint of fastdiff's own format, another that fd.load reads, or a Denoiser around "
+                            f"a torch module with parameters; this one's network is a {kind}")  # fmt: skip
     if type(teacher) is not Denoiser:
-        raise FastdiffError(f"a teacher is a plain Denoiser, not a {type(teacher).__name__} around one; the guided method teaches "
-                            "guidance")  # fmt: skip
+        raise FastdiffError(f"a teacher is a plain Denoiser, not a {type(teacher).__name__} around one; the guided method "
+                            "teaches guidance")  # fmt: skip
     if teacher.shape is None:
         raise FastdiffError("the teacher does not say the shape of a sample: give shape= to fd.load or Denoiser")
     if method.adds() and not own_format(teacher):

@@ -28,8 +28,8 @@ class Trajectory(Method):
     The paper makes one optimiser step for every student step; here the losses of all steps are summed into one, each step's start
     being the student's own point without its graph, which is the same gradient at the same weights.
 
-    With `counts`, such as (1, 2, 4), one student serves all of these numbers of steps (the paper's SFD-v): it is told which, by an
-    input that is zero at first, and the updates take the counts in turn. `steps` is then the largest of them. Where a step is
+    With `counts`, such as (1, 2, 4), one student serves all of these numbers of steps (the paper's SFD-v): it is told which, by
+    an input that is zero at first, and the updates take the counts in turn. `steps` is then the largest of them. Where a step is
     longer the teacher takes more calls in it, `calls` times largest / count, so that all counts follow it equally closely.
     """
 

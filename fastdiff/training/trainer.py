@@ -66,7 +66,7 @@ class TrainConfig:
         if not (math.isfinite(self.vlb) and self.vlb >= 0):
             raise FastdiffError(f"vlb must be at least 0; given {self.vlb!r}")
         if self.vlb and self.prediction == "both":
-            raise FastdiffError('a network of prediction "both" has no variance beside it: leave out vlb, or predict eps, x0 or v')
+            raise FastdiffError('a network of "both" has no variance beside it: leave out vlb, or predict eps, x0 or v')
         for name, low in (("steps", 1), ("batch", 1), ("warmup", 0), ("vlb_steps", 2)):
             if not (isinstance(value := getattr(self, name), int) and value >= low):
                 raise FastdiffError(f"{name} must be a whole number of at least {low}; given {value!r}")

@@ -1,4 +1,4 @@
-"""Teachers whose networks are not fastdiff's own: folders of diffusers, EDM's state dicts, Python classes. What is saved loads."""
+"""Teachers whose networks are not fastdiff's own: folders of diffusers, EDM's files, Python classes; their students load."""
 
 import json
 
@@ -22,7 +22,8 @@ from fastdiff.training.data import Images
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # inside diffusers itself
 SHORT = Trajectory(2, updates=2, batch=2, calls=2, lr=1e-3)
-COLOUR = Images(torch.randint(0, 256, (12, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)), None, (), "d")
+PIXELS = torch.randint(0, 256, (12, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+COLOUR = Images(PIXELS, None, (), "d")
 
 
 def folder(path, **changes):
@@ -92,7 +93,7 @@ def test_the_student_starts_as_its_teacher_learns_and_loads(kind, tmp_path):
 
 
 def test_a_students_student_and_stages_that_hand_on(tmp_path):
-    """Progressive distillation: each stage's student, of diffusers' class, teaches the next; interrupted, it goes on to the bit."""
+    """Progressive distillation: each stage's student, of diffusers' class, teaches the next; stopped, it goes on bit for bit."""
     teacher = fd.load(folder(tmp_path / "m"))
     method = Progressive(4, 1, updates=2, batch=4)
     whole = Distiller(teacher, method, tmp_path / "whole", COLOUR).run()
@@ -145,8 +146,8 @@ def test_a_python_network_needs_one_like_it(tmp_path):
     teacher = python_teacher()
     Distiller(teacher, SHORT, tmp_path / "s").run()
     cases = [
-        (None, r"Tied, which no file describes: give like="), (python_teacher(schedule=fd.schedule.vp_linear()), "made on schedule"),
-        (python_teacher().with_network(Tied(9)), "misshapen"),
+        (None, "Tied, which no file describes: give like="), (python_teacher().with_network(Tied(9)), "misshapen"),
+        (python_teacher(schedule=fd.schedule.vp_linear()), "made on schedule"),
     ]  # fmt: skip
     for like, said in cases:
         with pytest.raises(CheckpointError, match=said) as e:
@@ -167,12 +168,13 @@ def test_what_such_a_student_cannot_be_is_one_line(tmp_path):
     own = fd.load(tiny.checkpoint(tmp_path / "t.safetensors"))
     guided = fd.guide.cfg(own.bind(class_labels=torch.tensor([0])), 2.0)
     cases = [
-        (teacher, Guided(4, 2), {}, "guidance scale as an input"), (teacher, Trajectory(counts=(1, 2)), {}, "number of its calls"),
+        (teacher, Guided(4, 2), {}, "guidance scale as an input"), (teacher, Progressive(4, 2), {}, "needs images"),
+        (teacher, Trajectory(counts=(1, 2)), {}, "number of its calls"),
         (teacher, Match(SHORT, {"model_channels": 32}), {}, "other settings"),
         (teacher, Match(SHORT, predicts="both"), {}, "a second output"),
         (teacher, SHORT, {"checkpointing": True}, "checkpointing: of fastdiff's own"),
         (guided, SHORT, {}, "a plain Denoiser, not a Guided"), (python_teacher(shape=None), SHORT, {}, "shape of a sample"),
-        (python_teacher().with_network(nn.Identity()), SHORT, {}, "with parameters"), (teacher, Progressive(4, 2), {}, "needs images"),
+        (python_teacher().with_network(nn.Identity()), SHORT, {}, "with parameters"),
     ]  # fmt: skip
     for den, method, settings, said in cases:
         with pytest.raises(FastdiffError, match=said) as e:
@@ -199,8 +201,8 @@ def test_a_tampered_description_is_one_line(tmp_path):
 
 
 def test_the_command_line_takes_a_folder_of_diffusers(fastdiff, tmp_path):
-    code, _, err = fastdiff("distill", folder(tmp_path / "m"), "--method", "trajectory", "--steps", 2, "--updates", 1, "--batch", 2,
-                            "--calls", 1, "--out", tmp_path / "s")  # fmt: skip
+    command = ("--method", "trajectory", "--steps", 2, "--updates", 1, "--batch", 2, "--calls", 1, "--out", tmp_path / "s")
+    code, _, err = fastdiff("distill", folder(tmp_path / "m"), *command)
     assert code == 0, err
     code, out, err = fastdiff("sample", tmp_path / "s", "--seeds", "0", "--out", tmp_path / "p")
     assert code == 0 and "2 network calls a sample" in out, (out, err)

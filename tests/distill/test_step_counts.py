@@ -27,9 +27,9 @@ def teacher(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(teacher, tmp_path_factory):
-    """The run's folder and its student, of one and of three calls."""
+    """The run's folder and its student, of one and of two calls."""
     out = tmp_path_factory.mktemp("student")
-    return out, Distiller(teacher, Trajectory(counts=(3, 1), updates=90, lr=1e-3, batch=16, calls=2), out).run()
+    return out, Distiller(teacher, Trajectory(counts=(2, 1), updates=40, lr=1e-3, batch=8, calls=3), out).run()
 
 
 def test_the_student_is_the_teacher_at_every_count_before_the_first_update(teacher, tmp_path):
@@ -62,7 +62,7 @@ def test_longer_steps_hold_more_calls_of_the_teacher(teacher):
 
 def test_each_count_comes_nearer_to_the_teacher_and_runs_by_its_own_plan(teacher, trained):
     _, student = trained
-    assert [p.nfe for p in student.tuned] == [1, 3] and student.plan == student.tuned[1] and student.step_counts == (1, 3)
+    assert [p.nfe for p in student.tuned] == [1, 2] and student.plan == student.tuned[1] and student.step_counts == (1, 2)
     mine, theirs = (d.bind(class_labels=LABELS) for d in (student, teacher))
     want = fd.sample(theirs, fd.plan("ddim", theirs, 64, grid="uniform_t"), seeds=range(500, 524))
     for plan in student.tuned:
@@ -74,20 +74,20 @@ def test_each_count_comes_nearer_to_the_teacher_and_runs_by_its_own_plan(teacher
 
 def test_the_network_is_told_the_plans_number_of_calls(trained):
     student = trained[1].bind(class_labels=LABELS[:4])
-    one, three = student.tuned
+    one, two = student.tuned
     got = fd.sample(student, one, seeds=range(4))
     assert torch.equal(got, fd.sample(student.bind(steps=1), one, seeds=range(4)))
-    assert not torch.equal(got, fd.sample(student.bind(steps=3), one, seeds=range(4)))
-    assert torch.equal(fd.sample(student, seeds=range(4)), fd.sample(student.bind(steps=3), three, seeds=range(4)))
+    assert not torch.equal(got, fd.sample(student.bind(steps=2), one, seeds=range(4)))
+    assert torch.equal(fd.sample(student, seeds=range(4)), fd.sample(student.bind(steps=2), two, seeds=range(4)))
     guided = fd.guide.cfg(student, 2.0)
     assert torch.equal(fd.sample(guided, one, seeds=range(4)), fd.sample(guided.bind(steps=1), one, seeds=range(4)))
 
 
 def test_a_count_it_was_not_trained_for_is_one_line(trained, teacher, tmp_path):
     labelled = trained[1].bind(class_labels=LABELS[:1])
-    for ask in (lambda: fd.plan("auto", labelled, 2), lambda: fd.sample(labelled, fd.plan("ddim", labelled, 2), seeds=[0]),
-                lambda: Captured(labelled, fd.plan("ddim", labelled, 2), torch.device("cpu"))):
-        with pytest.raises(FastdiffError, match="trained for 1, 3 calls; asked for 2"):
+    for ask in (lambda: fd.plan("auto", labelled, 3), lambda: fd.sample(labelled, fd.plan("ddim", labelled, 3), seeds=[0]),
+                lambda: Captured(labelled, fd.plan("ddim", labelled, 3), torch.device("cpu"))):
+        with pytest.raises(FastdiffError, match="trained for 1, 2 calls; asked for 3"):
             ask()
     with pytest.raises(FastdiffError, match="distil its teacher"):
         Distiller(trained[1], Trajectory(2), tmp_path / "no")
@@ -102,10 +102,10 @@ def test_the_command_line_knows_the_counts(fastdiff, trained, tmp_path):
     out, _ = trained
     code, said, err = fastdiff("sample", out, "--nfe", 1, "--seeds", "0", "--out", tmp_path / "p")
     assert code == 0 and "the student's own" in said and "1 network calls a sample" in said, (said, err)
-    code, _, err = fastdiff("sample", out, "--nfe", 2, "--seeds", "0", "--out", tmp_path / "q")
-    assert code == 2 and "1, 3 calls" in err and err.strip().count("\n") == 0 and not (tmp_path / "q").exists()
+    code, _, err = fastdiff("sample", out, "--nfe", 3, "--seeds", "0", "--out", tmp_path / "q")
+    assert code == 2 and "1, 2 calls" in err and err.strip().count("\n") == 0 and not (tmp_path / "q").exists()
     code, said, err = fastdiff("info", out, "--json")
-    assert code == 0 and json.loads(said)["checkpoint"]["step counts"] == [1, 3]
+    assert code == 0 and json.loads(said)["checkpoint"]["step counts"] == [1, 2]
 
 
 def test_it_is_distilled_from_the_command_line(fastdiff, tmp_path):
@@ -123,12 +123,12 @@ def test_a_benchmark_measures_every_count(trained, tmp_path):
     _, student = trained
     setup = Setup(4)
     cells = tuned_cells(student, setup)
-    assert [(c.line, c.nfe) for c in cells] == [("student", 1), ("student", 3)]
+    assert [(c.line, c.nfe) for c in cells] == [("student", 1), ("student", 2)]
     bench = Bench(student, setup, tmp_path, None)
     (_, one), (record, _) = (bench._cell(cell, None) for cell in cells)
     bound = student.bind(class_labels=setup.labels(student))
     torch.testing.assert_close(one.float(), fd.sample(bound, cells[0].saved, seeds=range(4)), rtol=1e-3, atol=1e-3)
-    assert record["network_calls"] == 3 and bench._endpoints(5, 2, None).shape == (2, 1, 8, 8)
+    assert record["network_calls"] == 2 and bench._endpoints(5, 2, None).shape == (2, 1, 8, 8)
 
 
 def test_a_student_of_another_network_is_matched_at_every_count(teacher, tmp_path):
@@ -147,9 +147,9 @@ def test_the_benchmark_command_takes_such_a_student(fastdiff, trained, tmp_path)
     code, _, err = fastdiff("bench", trained[0], "--n", 4, "--out", tmp_path / "b")
     assert code == 0, err
     record = json.loads((tmp_path / "b" / "results.json").read_text())
-    assert [(r["line"], r["nfe"]) for r in record["cells"]] == [("student", 1), ("student", 3)]
-    code, _, err = fastdiff("bench", trained[0], "--solvers", "ddim", "--nfe", "2", "--n", 4, "--out", tmp_path / "c")
-    assert code == 2 and "1, 3 calls" in err and err.strip().count("\n") == 0
+    assert [(r["line"], r["nfe"]) for r in record["cells"]] == [("student", 1), ("student", 2)]
+    code, _, err = fastdiff("bench", trained[0], "--solvers", "ddim", "--nfe", "3", "--n", 4, "--out", tmp_path / "c")
+    assert code == 2 and "1, 2 calls" in err and err.strip().count("\n") == 0
 
 
 @pytest.mark.slow

@@ -123,6 +123,23 @@ def test_other_schedules(schedule, prediction, tiny_traced):
     assert difference(engine(replace(tiny_traced, denoiser=den), plan), den.bind(class_labels=LABELS), plan) < CLOSE
 
 
+def test_two_outputs_are_joined_as_in_the_denoiser():
+    import onnxruntime
+
+    from fastdiff.export.graph import FLOAT, Graph, joined, value, weight_tensor
+    from fastdiff.prediction import coefficients
+    from fastdiff.prediction import joined as wanted
+
+    f = torch.randn(2, 6, 3, 3, generator=torch.Generator().manual_seed(0))
+    for alpha, sigma in ((0.6, 0.8), (0.0, 1.0), (1.0, 3.0)):
+        c, g = coefficients("both", alpha, sigma), Graph()
+        g.add("Identity", joined(g, "f", weight_tensor(g, c.c_skip), weight_tensor(g, c.c_out)), into=["v"])
+        model = g.model("joined", [value("f", FLOAT, (2, 6, 3, 3))], [value("v", FLOAT, (2, 3, 3, 3))], 20)
+        run = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        np.testing.assert_allclose(run.run(None, {"f": f.numpy()})[0], wanted(f[:, :3], f[:, 3:], c).numpy(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
 def test_a_network_of_two_outputs():
     """x0 and eps in one call, joined in the graph, guided too; network.onnx takes a time of each sample's own."""
     import onnxruntime
