@@ -76,8 +76,8 @@ def distill(
     if run.world.first:
         plot_losses(run.losses, out / "loss.png")
         *fewer, most = [plan.nfe for plan in run.method.plans(run.stages[-1], run.source.schedule)] or [run.stages[-1].steps]
-        calls, wish = (f"{', '.join(map(str, fewer))} or {most}", " --nfe N") if fewer else (most, "")
-        say(f"{out / 'model.safetensors'}: {method}, {calls} network calls; `fastdiff sample {out}{wish}` runs it")
+        known, wish = (f"{', '.join(map(str, fewer))} or {most}", " --nfe N") if fewer else (str(most), "")
+        say(f"{out / 'model.safetensors'}: {method}, {known} network calls; `fastdiff sample {out}{wish}` runs it")
 
 
 def follow(run: Distiller, view: View | None, save_every: float) -> None:

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import hashlib
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,8 +41,8 @@ def check_teacher(teacher: Denoiser, method: Method) -> None:
     network = teacher.network
     if not isinstance(network, nn.Module) or not any(True for _ in network.parameters()):
         kind = type(network).__name__
-        raise FastdiffError("a teacher is a checkpoint of fastdiff's own format, another that fd.load reads, or a Denoiser around "
-                            f"a torch module with parameters; this one's network is a {kind}")  # fmt: skip
+        raise FastdiffError("a teacher is a checkpoint of fastdiff's own format, another that fd.load reads, or a Denoiser "
+                            f"around a torch module with parameters; this one's network is a {kind}")  # fmt: skip
     if type(teacher) is not Denoiser:
         raise FastdiffError(f"a teacher is a plain Denoiser, not a {type(teacher).__name__} around one; the guided method "
                             "teaches guidance")  # fmt: skip
@@ -82,8 +83,9 @@ def student_network(teacher: Denoiser, method: Method) -> nn.Module:
     with torch.random.fork_rng(devices=[]):  # what is added and not zero is the same in every run
         torch.manual_seed(0)
         student = UNet(config)
-    outputs = {"out_channels": own.out_channels, "learned_variance": own.learned_variance}
-    if dataclasses.replace(config, guidance_range=own.guidance_range, step_counts=None, **outputs) == own:
+    inputs: dict[str, Any] = {"guidance_range": own.guidance_range, "step_counts": None}
+    outputs: dict[str, Any] = {"out_channels": own.out_channels, "learned_variance": own.learned_variance}
+    if dataclasses.replace(config, **inputs, **outputs) == own:
         weights = teacher.network.state_dict()
         if config.out_channels != own.out_channels:
             weights |= _heads(weights, teacher.prediction, config)

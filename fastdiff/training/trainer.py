@@ -259,7 +259,8 @@ class Trainer:
             got = self.shared(x * k.c_in, c_noise, labels)
         got, v = got.float().split(x.shape[1], dim=1) if c.vlb else (got.float(), None)
         if c.prediction == "both":
-            got = losses.joined(*got.chunk(2, dim=1), k)
+            x0_head, eps_head = got.chunk(2, dim=1)
+            got = losses.joined(x0_head, eps_head, k)
         loss = (losses.weights(c.weighting, c.prediction, alpha, sigma) * (got - want).square()).mean()
         if v is None:
             return loss

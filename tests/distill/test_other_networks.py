@@ -75,7 +75,9 @@ TEACHERS = {
 }
 
 
-@pytest.mark.parametrize("kind", TEACHERS)
+@pytest.mark.parametrize("kind", [
+    *(k for k in TEACHERS if k != "diffusers"), pytest.param("diffusers", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_the_student_starts_as_its_teacher_learns_and_loads(kind, tmp_path):
     teacher = TEACHERS[kind](tmp_path)
     run = Distiller(teacher, SHORT, tmp_path / "s")
@@ -92,6 +94,7 @@ def test_the_student_starts_as_its_teacher_learns_and_loads(kind, tmp_path):
     assert finished.finished and finished.run().hash == student.hash
 
 
+@pytest.mark.slow
 def test_a_students_student_and_stages_that_hand_on(tmp_path):
     """Progressive distillation: each stage's student, of diffusers' class, teaches the next; stopped, it goes on bit for bit."""
     teacher = fd.load(folder(tmp_path / "m"))
@@ -113,6 +116,7 @@ def test_a_students_student_and_stages_that_hand_on(tmp_path):
     assert same(fd.load(tmp_path / "again"), again.student)
 
 
+@pytest.mark.slow
 def test_an_averaged_student_of_another_prediction(tmp_path):
     """Settings that need no other network: a v student of an eps teacher, saved as its average."""
     teacher = fd.load(folder(tmp_path / "m"))
@@ -134,6 +138,7 @@ def test_students_of_sigma_step_on_edms_own_grid(tmp_path):
     np.testing.assert_array_equal(nodes(cosine, 1.0, 0.0, 4), np.linspace(1, 0, 4))
 
 
+@pytest.mark.slow
 def test_a_student_of_diffusers_comes_nearer_to_its_teacher(tmp_path):
     teacher = fd.load(folder(tmp_path / "m"))
     student = Distiller(teacher, Trajectory(2, updates=40, lr=1e-3, batch=8, calls=2), tmp_path / "s").run()
@@ -201,7 +206,7 @@ def test_a_tampered_description_is_one_line(tmp_path):
 
 
 def test_the_command_line_takes_a_folder_of_diffusers(fastdiff, tmp_path):
-    command = ("--method", "trajectory", "--steps", 2, "--updates", 1, "--batch", 2, "--calls", 1, "--out", tmp_path / "s")
+    command = ("--method", "trajectory", "--steps", 2, "--updates", 1, "--batch", 2, "--calls", 2, "--out", tmp_path / "s")
     code, _, err = fastdiff("distill", folder(tmp_path / "m"), *command)
     assert code == 0, err
     code, out, err = fastdiff("sample", tmp_path / "s", "--seeds", "0", "--out", tmp_path / "p")

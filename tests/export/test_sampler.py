@@ -136,7 +136,8 @@ def test_two_outputs_are_joined_as_in_the_denoiser():
         g.add("Identity", joined(g, "f", weight_tensor(g, c.c_skip), weight_tensor(g, c.c_out)), into=["v"])
         model = g.model("joined", [value("f", FLOAT, (2, 6, 3, 3))], [value("v", FLOAT, (2, 3, 3, 3))], 20)
         run = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-        np.testing.assert_allclose(run.run(None, {"f": f.numpy()})[0], wanted(f[:, :3], f[:, 3:], c).numpy(), rtol=1e-5, atol=1e-6)
+        want = wanted(f[:, :3], f[:, 3:], c).numpy()
+        np.testing.assert_allclose(run.run(None, {"f": f.numpy()})[0], want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow
