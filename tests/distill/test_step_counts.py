@@ -29,7 +29,7 @@ def teacher(tmp_path_factory):
 def trained(teacher, tmp_path_factory):
     """The run's folder and its student, of one and of two calls."""
     out = tmp_path_factory.mktemp("student")
-    return out, Distiller(teacher, Trajectory(counts=(2, 1), updates=40, lr=1e-3, batch=8, calls=3), out).run()
+    return out, Distiller(teacher, Trajectory(counts=(2, 1), updates=24, lr=2e-3, batch=8, calls=2), out).run()
 
 
 def test_the_student_is_the_teacher_at_every_count_before_the_first_update(teacher, tmp_path):
@@ -113,8 +113,7 @@ def test_it_is_distilled_from_the_command_line(fastdiff, tmp_path):
     command = ("distill", teacher, "--updates", 2, "--batch", 2, "--calls", 1, "--out", tmp_path / "s", "--method")
     code, out, err = fastdiff(*command, "trajectory", "--steps", "1,2")
     assert code == 0 and "1 or 2 network calls" in out and "--nfe N" in out, (out, err)
-    for method, steps, said in (("progressive", "1,2", "no setting --steps of several"), ("trajectory", "1,x", "several such as"),
-                                ("trajectory", "2,2", "different whole numbers")):  # fmt: skip
+    for method, steps, said in (("progressive", "1,2", "no setting --steps of several"), ("trajectory", "1,x", "several such as")):
         code, _, err = fastdiff(*command[:-2], tmp_path / "no", "--method", method, "--steps", steps)
         assert code == 2 and said in err and err.strip().count("\n") == 0 and not (tmp_path / "no").exists()
 
