@@ -75,9 +75,15 @@ def distill(
     follow(run, View(run, view_every, view_n) if view_every and run.world.first else None, save_every)
     if run.world.first:
         plot_losses(run.losses, out / "loss.png")
-        *fewer, most = [plan.nfe for plan in run.method.plans(run.stages[-1], run.source.schedule)] or [run.stages[-1].steps]
-        known, wish = (f"{', '.join(map(str, fewer))} or {most}", " --nfe N") if fewer else (str(most), "")
-        say(f"{out / 'model.safetensors'}: {method}, {known} network calls; `fastdiff sample {out}{wish}` runs it")
+        say(f"{out / 'model.safetensors'}: {method}, {summary(run)}")
+
+
+def summary(run: Distiller) -> str:
+    """How many calls the student takes, and what runs it."""
+    last = run.stages[-1]
+    *fewer, most = [plan.nfe for plan in run.method.plans(last, run.source.schedule)] or [last.steps]
+    calls, wish = (f"{', '.join(map(str, fewer))} or {most}", " --nfe N") if fewer else (str(most), "")
+    return f"{calls} network calls; `fastdiff sample {run.out}{wish}` runs it"
 
 
 def follow(run: Distiller, view: View | None, save_every: float) -> None:
