@@ -93,10 +93,12 @@ def cells(solvers: Sequence[str], grids: Sequence[str] | None, nfes: Sequence[in
 
 
 def tuned_cells(denoiser: Denoiser, setup: Setup) -> list[Cell]:
-    """The plans tuned for this checkpoint and guidance, as one line; and the plan that a student ships with."""
+    """The plans tuned for this checkpoint and guidance, as one line; and those that a student ships with, as another."""
     den = setup.batches(denoiser)[0][1]
-    own = [] if den.plan is None else [Cell("student", "plan", den.plan.nfe, den.plan)]
-    return own + [Cell("tuned", "plan", plan.nfe, plan) for plan in den.tuned if den.why_not(plan) is None]
+    plans = [plan for plan in den.tuned if den.why_not(plan) is None]
+    if den.plan is not None and den.plan not in plans:
+        plans.insert(0, den.plan)
+    return [Cell("tuned" if "tuned_for" in plan.provenance else "student", "plan", plan.nfe, plan) for plan in plans]
 
 
 def quick_cells() -> list[Cell]:

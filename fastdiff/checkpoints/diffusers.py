@@ -6,6 +6,7 @@ The classes are diffusers' own; reading is ours: configurations are checked, wei
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,21 +50,13 @@ def load(folder: Path, options: Options) -> Denoiser:
         of = str(index.get("_class_name"))[:60]
         raise CheckpointError(f"{folder / INDEX} ({of}) names no denoiser that is read: {', '.join(FAMILIES)}")
     config = _config(place, DENOISERS)
-    family = FAMILIES[config["_class_name"]]
     weights = read(_weights_file(place))
-    shape = options.shape or weights.trained_shape or family.shape(config)
     scheduler, where = _scheduler(folder)
-    process = from_scheduler(scheduler, where, family.tokens(config, shape))
-    model = _model(place, config, weights, options.dtype)
-    denoiser = Denoiser(
-        family.network(model, family.conditions(config), family.classes(config)), process.schedule, process.prediction,
-        shape, process.time, output=process.output,
-    )  # fmt: skip
-    denoiser.hash = weights.hash
+    denoiser = _denoiser(place, config, weights, scheduler, where, options)
     names = index.get("id2label")
-    denoiser.info = {
-        "format": f"diffusers {index.get('_class_name') or config['_class_name']}", "network": dict(config),
-        "class_names": _class_names(names) if isinstance(names, dict) else None, "variance": process.variance, **weights.training,
+    denoiser.info |= {
+        "format": f"diffusers {index.get('_class_name') or config['_class_name']}",
+        "class_names": _class_names(names) if isinstance(names, dict) else None, **weights.training,
     }  # fmt: skip
     denoiser.write = partial(_write, folder, place, index, where)
     if whole and (autoencoder := _component(folder, index, AUTOENCODERS)) is not None:
@@ -72,6 +65,35 @@ def load(folder: Path, options: Options) -> Denoiser:
         from .text import encoder
 
         denoiser.encode = encoder(folder, index, denoiser)
+    if denoiser.decoder is None and denoiser.encode is None:  # else the network is not all that there is
+        denoiser.info["layout"] = {"name": "diffusers", "scheduler": scheduler}
+    return denoiser
+
+
+def rebuilt(description: dict[str, Any], weights: Weights, options: Options) -> Denoiser:
+    """The denoiser of a student of such a folder's network, from fastdiff's own file."""
+    needed("diffusers", "networks of diffusers")
+    path = weights.paths[0]
+    options = replace(options, shape=options.shape or tuple(description["shape"]))
+    config = _checked(dict(description["network"]), path, DENOISERS)
+    inner = Weights({name.removeprefix("model."): tensor for name, tensor in weights.tensors.items()}, weights.paths)
+    return _denoiser(path, config, inner, dict(description["layout"]["scheduler"]), path, options)
+
+
+def _denoiser(
+    place: Path, config: dict[str, Any], weights: Weights, scheduler: dict[str, Any], where: Path, options: Options
+) -> Denoiser:
+    """The denoiser of a network's configuration and weights, which `place` holds, and its scheduler's configuration."""
+    family = FAMILIES[config["_class_name"]]
+    shape = options.shape or weights.trained_shape or family.shape(config)
+    process = from_scheduler(scheduler, where, family.tokens(config, shape))
+    model = _model(place, config, weights, options.dtype)
+    denoiser = Denoiser(
+        family.network(model, family.conditions(config), family.classes(config)), process.schedule, process.prediction,
+        shape, process.time, output=process.output,
+    )  # fmt: skip
+    denoiser.hash = weights.hash
+    denoiser.info = {"network": dict(config), "variance": process.variance}
     return denoiser
 
 
@@ -101,15 +123,18 @@ def _component(folder: Path, index: dict[str, Any], classes: Sequence[str]) -> P
 
 def _config(place: Path, classes: Sequence[str]) -> dict[str, Any]:
     """A model's configuration, its class among these and named as diffusers names it today."""
-    config = read_json(place / CONFIG)
+    return _checked(read_json(place / CONFIG), place / CONFIG, classes)
+
+
+def _checked(config: dict[str, Any], where: Path, classes: Sequence[str]) -> dict[str, Any]:
     name = config.get("_class_name")
     if name not in classes:
-        raise CheckpointError(f"{place / CONFIG}: class {str(name)[:60]!r} is not read here; {', '.join(classes)} are")
-    check_values(config, place / CONFIG)
+        raise CheckpointError(f"{where}: class {str(name)[:60]!r} is not read here; {', '.join(classes)} are")
+    check_values(config, where)
     if name == LEGACY:
         if (kind := config.get("norm_type")) not in LEGACY_NORMS:
             known = ", ".join(LEGACY_NORMS)
-            raise CheckpointError(f"{place / CONFIG}: a {LEGACY} with norm_type {str(kind)[:60]!r} is not read; {known} are")
+            raise CheckpointError(f"{where}: a {LEGACY} with norm_type {str(kind)[:60]!r} is not read; {known} are")
         config["_class_name"] = LEGACY_NORMS[kind]
     return config
 
@@ -137,7 +162,7 @@ def _write(folder: Path, place: Path, index: dict[str, Any], scheduler: Path, ou
 
 
 def _model(place: Path, config: dict[str, Any], weights: Weights, dtype: torch.dtype | None) -> torch.nn.Module:
-    """The model of a folder's configuration, in diffusers' own class, with the folder's weights."""
+    """The model of a folder, in diffusers' own class, with these weights."""
     import diffusers
 
     cls = getattr(diffusers, str(config["_class_name"]))

@@ -44,8 +44,8 @@ def load(path: str | Path) -> Denoiser:
     return from_weights(weights, Options())
 
 
-def from_weights(weights: Weights, options: Options) -> Denoiser:
-    """The denoiser of weights whose metadata hold the description that `save` wrote."""
+def described(weights: Weights) -> dict[str, Any]:
+    """The description in a file's metadata."""
     path = weights.paths[0]
     try:
         description = json.loads(weights.metadata[METADATA])
@@ -54,6 +54,12 @@ def from_weights(weights: Weights, options: Options) -> Denoiser:
     found = description.get("format") if isinstance(description, dict) else None
     if found != FORMAT:
         raise CheckpointError(f"{path} has format {found!r}; this version reads format {FORMAT}")
+    return description
+
+
+def from_weights(weights: Weights, options: Options) -> Denoiser:
+    """The denoiser of weights whose metadata hold the description that `save` wrote."""
+    path, description = weights.paths[0], described(weights)
     denoiser = describe(path, description, lambda config: build(lambda: UNet(config), weights.tensors, path, options.dtype))
     denoiser.hash = weights.hash
     return denoiser
@@ -103,6 +109,12 @@ def assemble(network: Network, schedule: Any, description: dict[str, Any]) -> De
         data_range=tuple(description["data_range"]),
     )
     denoiser.info = description
+    attach_plans(denoiser, description)
+    return denoiser
+
+
+def attach_plans(denoiser: Denoiser, description: dict[str, Any]) -> None:
+    """The plans that a student ships with."""
     if description.get("plan"):
         denoiser.plan = Plan.from_json(description["plan"])
-    return denoiser
+    denoiser.tuned = tuple(Plan.from_json(text) for text in description.get("plans", ()))

@@ -26,7 +26,7 @@ def bench(
     solvers: Annotated[str, typer.Option(help="comma-separated solvers instead of the preset's")] = "",
     grids: Annotated[str, typer.Option(help="comma-separated grids for them; default: each one's recommended grid")] = "",
     nfe: Annotated[str, typer.Option(help="comma-separated budgets for them")] = "5,8,10,20",
-    n: Annotated[int, typer.Option(help="images a cell; 0 = the preset's")] = 0,
+    n: Annotated[int, typer.Option("--n", "-n", help="images a cell; 0 = the preset's")] = 0,
     guidance: Annotated[float, typer.Option(help="classifier-free guidance scale; 1 = none")] = 1.0,
     prompt: Annotated[str | None, typer.Option(help="for a text-conditioned checkpoint; default the empty one")] = None,
     condition: Annotated[Path | None, typer.Option(help=CONDITION_HELP)] = None,
@@ -67,6 +67,8 @@ def bench(
     denoiser, conditions = conditioned(load(checkpoint), prompt, condition, AGAIN if preset == "full" and not n else count)
     if inception and latent(denoiser):
         raise FastdiffError(f"--inception judges images; samples of {denoiser.shape} are latents that nothing decodes here")
+    if denoiser.step_counts and not (solvers or grids):
+        chosen = [cell for cell in chosen if cell.nfe in denoiser.step_counts]  # the others such a student refuses
     for path in plan or ():
         saved = load_plan(path, denoiser, guidance, force)
         chosen.append(Cell(path.stem, "plan", saved.nfe, saved))

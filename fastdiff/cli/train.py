@@ -27,7 +27,7 @@ def train(
     lr: Annotated[float, typer.Option(help="peak learning rate; falls linearly to 0")] = 5e-4,
     warmup: Annotated[int, typer.Option(min=0)] = 200,
     schedule: Annotated[str, typer.Option(help='name, or JSON such as {"name": "flow", "shift": 3}')] = "vp_cosine",
-    prediction: Annotated[str, typer.Option(help="eps, x0, v, flow, score or edm")] = "v",
+    prediction: Annotated[str, typer.Option(help="eps, x0, v, flow, score, edm or both (x0 and eps)")] = "v",
     weighting: Annotated[str, typer.Option(help="simple, edm or min_snr")] = "simple",
     times: Annotated[str, typer.Option(help="uniform, lognormal or logit_normal")] = "uniform",
     time_scale: Annotated[float, typer.Option(help="the network gets time_scale * t; 0 = t (edm: log-noise)")] = 1000.0,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FastdiffError
-from ..prediction import coefficients, target
+from ..prediction import coefficients, joined, target
 from ..schedule import NoiseSchedule
 
 Weighting = L["simple", "edm", "min_snr"]
@@ -73,4 +73,4 @@ def noised(
     return alpha * x0 + sigma * eps, eps, alpha, sigma
 
 
-__all__ = ["TimeSampling", "Weighting", "coefficients", "noised", "sample_times", "target", "weights"]
+__all__ = ["TimeSampling", "Weighting", "coefficients", "joined", "noised", "sample_times", "target", "weights"]

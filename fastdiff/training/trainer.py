@@ -70,6 +70,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.vlb) and self.vlb >= 0):
             raise FastdiffError(f"vlb must be at least 0; given {self.vlb!r}")
+        if self.vlb and self.prediction == "both":
+            raise FastdiffError('a network of "both" has no variance beside it: leave out vlb, or predict eps, x0 or v')
         for name, low in (("steps", 1), ("batch", 1), ("warmup", 0), ("vlb_steps", 2)):
             if not (isinstance(value := getattr(self, name), int) and value >= low):
                 raise FastdiffError(f"{name} must be a whole number of at least {low}; given {value!r}")
@@ -97,7 +99,7 @@ class Progress:
 def unet_config(config: TrainConfig, data: Images) -> UNetConfig:
     """The network's shape: channels and classes from the data, the rest from the configuration."""
     classes = data.num_classes
-    fields: dict[str, Any] = {"in_channels": data.x.shape[1], "out_channels": data.x.shape[1]}
+    fields: dict[str, Any] = {"in_channels": data.x.shape[1], "out_channels": data.x.shape[1] * outputs(config)}
     if classes:
         fields |= {"num_classes": classes + 1, "null_class": True}
     if config.vlb:
@@ -110,10 +112,15 @@ def unet_config(config: TrainConfig, data: Images) -> UNetConfig:
         made = UNetConfig(**(fields | config.network))
     except TypeError as e:
         raise FastdiffError(f"a U-Net setting has the wrong type: {e}") from e
-    _check_fit(made, data, bool(config.vlb))
+    _check_fit(made, data, bool(config.vlb), outputs(config))
     if made.num_classes and not made.null_class and config.label_dropout:
         raise FastdiffError("label dropout needs the null class: leave out null_class, or set label_dropout to 0")
     return made
+
+
+def outputs(config: TrainConfig) -> int:
+    """Tensors of the images' shape that the network predicts."""
+    return 2 if config.prediction == "both" else 1
 
 
 def continuing(config: TrainConfig, denoiser: Denoiser, conditions: Conditions | None = None) -> TrainConfig:
@@ -150,12 +157,12 @@ def _schedule(config: dict[str, Any]) -> NoiseSchedule:
     return schedule
 
 
-def _check_fit(network: UNetConfig, data: Images, learned: bool) -> None:
+def _check_fit(network: UNetConfig, data: Images, learned: bool, count: int) -> None:
     """That the network takes these images and labels, before the first step finds out."""
     channels, *size = data.x.shape[1:]
-    if (network.in_channels, network.out_channels) != (channels, channels) or network.learned_variance != learned:
+    if (network.in_channels, network.out_channels) != (channels, channels * count) or network.learned_variance != learned:
         how = "with learned variance (vlb > 0)" if learned else "without learned variance (vlb trains it)"
-        raise FastdiffError(f"the network must map {channels} channels to {channels}, {how}")
+        raise FastdiffError(f"the network must map {channels} channels to {channels * count}, {how}")
     multiple = 2 ** (len(network.channel_mult) - 1)
     if any(side % multiple for side in size):
         raise FastdiffError(
@@ -268,16 +275,18 @@ class Trainer:
         """The weighted squared error of the network's output over this process's images of one batch."""
         c = self.config
         x0, t, x, eps, alpha, sigma, cond = self._material(generator)
-        c_in = losses.coefficients(c.prediction, alpha, sigma, self.denoiser.sigma_data).c_in
+        k = losses.coefficients(c.prediction, alpha, sigma, self.denoiser.sigma_data)
         want = losses.target(c.prediction, x0, eps, alpha, sigma, self.denoiser.sigma_data)
         c_noise = self.denoiser._at_tensor(x, t)[1]
         with torch.autocast("cpu", torch.bfloat16, enabled=c.bf16):
-            got = self.denoiser.output(self.shared(x * c_in, c_noise, **cond))
+            got = self.denoiser.output(self.shared(x * k.c_in, c_noise, **cond))
         got, v = got.float().split(x.shape[1], dim=1) if c.vlb else (got.float(), None)
+        if c.prediction == "both":
+            x0_head, eps_head = got.chunk(2, dim=1)
+            got = losses.joined(x0_head, eps_head, k)
         loss = (losses.weights(c.weighting, c.prediction, alpha, sigma) * (got - want).square()).mean()
         if v is None:
             return loss
-        k = losses.coefficients(c.prediction, alpha, sigma, self.denoiser.sigma_data)
         d = k.c_skip * x + k.c_out * got
         return loss + c.vlb * c.vlb_steps * bound(self.schedule, x0, x, d, v, t, c.vlb_steps).mean()
 

@@ -120,7 +120,7 @@ def test_a_run_with_other_images_or_a_damaged_state_is_not_resumed(tmp_path, dat
 
 
 @pytest.mark.parametrize("weighting", ["simple", "edm", "min_snr"])
-@pytest.mark.parametrize("prediction", ["eps", "x0", "v", "flow", "edm"])
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v", "flow", "edm", pytest.param("both", marks=pytest.mark.slow)])
 def test_the_loss_falls(tmp_path, data, prediction, weighting):
     """On one fixed set of times and noises, so that the draws of single steps do not decide."""
     trainer = Trainer(config(prediction=prediction, weighting=weighting, lr=4e-3), data, tmp_path)
@@ -134,6 +134,19 @@ def test_the_loss_falls(tmp_path, data, prediction, weighting):
         trainer.train_step()
     assert loss() < 0.8 * before, f"{before} -> {loss()}"
     assert not trainer.skipped
+
+
+def test_a_network_of_both_has_twice_the_channels_and_the_loss_of_the_v_they_make(tmp_path, data):
+    trainer = Trainer(config(prediction="both"), data, tmp_path)
+    assert trainer.network.config.out_channels == 2
+    material = trainer._material(torch.Generator().manual_seed(0))
+    trainer.shared = lambda x, t, labels: torch.cat([material.x0, material.eps], 1)  # the truth
+    assert float(trainer.loss(torch.Generator().manual_seed(0))) < 1e-12
+    trainer.shared = lambda x, t, labels: torch.cat([material.x0 + 1, material.eps], 1)  # v is off by sigma
+    expected = material.sigma.square().mean()
+    torch.testing.assert_close(trainer.loss(torch.Generator().manual_seed(0)), expected)
+    with pytest.raises(FastdiffError, match="leave out vlb"):
+        config(prediction="both", vlb=0.001)
 
 
 def test_a_trained_network_denoises(tmp_path, data):
