@@ -139,6 +139,8 @@ MISTAKES = [
     (["--rtol", "0.1"], "--adaptive"),
     (["--adaptive", "--rtol", "-1"], "rtol"),
     (["--adaptive", "--nfe", "5"], "--nfe"),
+    (["--variant", "int8"], "plain, channels-last, bf16"),
+    (["--compile"], "--variant auto"),
     (["--plan", "none.json"], "none.json"),
     (["--plan", "none.json", "--solver", "ddim"], "leave out --solver"),
     (["--device", "gpu"], "--device gpu"),
@@ -281,6 +283,7 @@ def test_info(fastdiff, checkpoint):
     here = found["fastdiff"]
     assert "PIL" in here["installed"] and not set(here["installed"]) & set(here["not installed"])
     reason = "the tensors are on cpu" if not torch.cuda.is_available() else ""
+    assert here["cpu"].startswith(torch.backends.cpu.get_cpu_capability()) and "bfloat16" in here["cpu"]
     assert set(here["kernels"]) == {"group_norm_silu", "attention", "combine"}
     assert all(reason in runs for runs in here["kernels"].values())
     about = found["checkpoint"]

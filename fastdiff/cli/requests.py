@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import FastdiffError
+from ..parallel import World
 from ..streaming import Request
+from .console import say
 
 if TYPE_CHECKING:
     import torch
@@ -63,6 +65,32 @@ def prompted(denoiser: Denoiser, prompt: str | None) -> Denoiser:
             raise FastdiffError("this checkpoint has no text encoders: leave out --prompt")
         return denoiser
     return denoiser.bind(**denoiser.encode([prompt or ""]))
+
+
+def varied(denoiser: Denoiser, name: str, compile: bool, batch: int, world: World) -> tuple[Denoiser, dict[str, str]]:
+    """The denoiser in the variant asked for, and what tells its images from torch's default's: their bits differ. "auto" measures
+    and says what it saw.
+
+    Raises:
+        FastdiffError: no such variant, or one that does not go here.
+    """
+    from ..variants import PLAIN, VARIANTS, fastest
+
+    if compile and name != "auto":
+        raise FastdiffError("--compile only acts with --variant auto: add it, or take --variant compiled")
+    if name == "auto" and world.size > 1:
+        raise FastdiffError("--variant auto asks one process: under torchrun name the variant that they share")
+    if name == "auto":
+        denoiser, report = fastest(denoiser, batch, compile=compile)
+        for line in report.lines:
+            say(line)
+        name = report.chosen
+    elif name in VARIANTS:
+        denoiser = VARIANTS[name].of(denoiser)
+    else:
+        raise FastdiffError(f"--variant is auto or one of {', '.join(VARIANTS)}; given {name!r}")
+    return denoiser, {} if name == PLAIN.name else {"variant": name}
+
 
 
 def parse_classes(text: str | None, names: tuple[str, ...]) -> list[int] | None:

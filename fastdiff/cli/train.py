@@ -41,6 +41,8 @@ def train(
     ] = None,
     size: Annotated[int | None, typer.Option(min=1, help="crop and resize a folder's images to this side")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="torch threads; exact resuming needs the same")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default cuda where there is one")] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="run the network through torch.compile")] = False,
     save_every: Annotated[float, typer.Option(help="seconds between checkpoints")] = 60.0,
 ) -> None:
     """Train a U-Net, under torchrun on several processes; the same command goes on where an interrupted run stopped."""
@@ -48,8 +50,10 @@ def train(
 
     from ..checkpoints import load
     from ..errors import FastdiffError
+    from ..parallel import join
     from ..training.data import load_images
     from ..training.trainer import TrainConfig, Trainer, continuing
+    from .requests import check_device
 
     if threads:
         torch.set_num_threads(threads)
@@ -65,9 +69,9 @@ def train(
     start = None if source is None else load(source)
     if start is not None:
         config = continuing(config, start)
-    trainer = Trainer(config, load_images(data, size), out, start)
-    if trainer.step and trainer.world.first:
-        say(f"resuming {out} at step {trainer.step} of {steps}")
+    trainer = Trainer(config, load_images(data, size), out, start, check_device(device or join().device))
+    if compile:
+        trainer.compile()
     run(trainer, save_every)
     if trainer.world.first:
         plot_losses(trainer.losses, out / "loss.png")
@@ -79,6 +83,8 @@ def run(trainer: Trainer, save_every: float) -> None:
     from ..training.trainer import Progress
 
     steps = trainer.config.steps
+    if trainer.step and trainer.world.first:
+        say(f"resuming {trainer.out} at step {trainer.step} of {steps}")
     with progress_bar(trainer.world.first) as bar, interrupts() as interrupted:
         task = bar.add_task("train", total=steps, completed=trainer.step)
 

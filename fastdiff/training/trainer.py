@@ -1,6 +1,7 @@
 """Training a diffusion U-Net from images: resumable bit for bit, since draws are functions of seed, step and place in the batch.
 
-Under `torchrun` the processes share every batch, and what an image meets does not depend on which of them has it.
+Under `torchrun` the processes share every batch, and what an image meets does not depend on which of them has it. The bits are
+those of one kind of device: a run may go on elsewhere, by other draws.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoints import native
+from ..compiled import not_compiled
 from ..denoiser import Denoiser
 from ..errors import FastdiffError
 from ..files import write_bytes
@@ -173,19 +175,23 @@ class Trainer:
     """Holds network, EMA and optimiser; `run()` trains to the end, saving `model.safetensors` (EMA) and `state.pt`.
 
     With `start` the first step begins with that denoiser's weights (`continuing` makes the configuration).
+    Network, images and draws are on `device`.
 
     Raises:
         FastdiffError: resuming a run whose configuration or data differ (the message names them); a batch that the processes
             cannot share evenly.
     """
 
-    def __init__(self, config: TrainConfig, data: Images, out: Path, start: Denoiser | None = None) -> None:
-        self.config, self.data, self.out = config, data, out
+    def __init__(
+        self, config: TrainConfig, data: Images, out: Path, start: Denoiser | None = None, device: torch.device | str = "cpu"
+    ) -> None:
+        self.device = torch.device(device)
+        self.config, self.data, self.out = config, data.to(self.device), out
         self.schedule, self.world = _schedule(config.schedule), join()
         if config.batch % self.world.size:
             raise FastdiffError(f"a batch of {config.batch} cannot be shared evenly by {self.world.size} processes: change it")
         torch.manual_seed(config.seed)
-        self.network = UNet(unet_config(config, data))
+        self.network = UNet(unet_config(config, data)).to(self.device)
         if start is not None:
             assert isinstance(start.network, UNet)
             self.network.load_state_dict(start.network.state_dict())
@@ -203,6 +209,22 @@ class Trainer:
     def skipped(self) -> int:
         """Steps that were not taken: their gradient was not finite."""
         return self.skips.total
+
+    def compile(self) -> None:
+        """Runs the network through torch.compile from now on: faster steps, after half a minute or more here.
+
+        Raises:
+            FastdiffError: torch cannot compile it; a network with dropout, whose masks are drawn sample by sample.
+        """
+        if self.network.config.dropout:
+            raise FastdiffError("torch.compile would compile dropout anew in every step: leave out --compile")
+        self.shared = torch.compile(self.shared)
+        self.network.train()
+        try:
+            self.loss(self._generator()).backward()  # what fails does so before the first step
+        except Exception as e:
+            raise not_compiled(e) from e
+        self.optimiser.zero_grad(set_to_none=True)
 
     def run(self, callback: Callable[[Progress], None] | None = None, save_every: float = 60.0) -> None:
         """Trains to `config.steps`. An exception saves the steps done; SIGKILL loses `save_every` seconds at most."""
@@ -226,7 +248,7 @@ class Trainer:
     def train_step(self) -> float:
         """One optimiser step on the images and draws that (seed, step) determine; returns the loss of the whole batch."""
         c = self.config
-        generator = torch.Generator().manual_seed(c.seed * 1_000_003 + self.step + 500_000_000)
+        generator = self._generator()
         self.network.train()
         for group in self.optimiser.param_groups:
             group["lr"] = c.lr * min((self.step + 1) / max(c.warmup, 1), 1.0) * (1 - self.step / c.steps)
@@ -241,6 +263,10 @@ class Trainer:
         self.losses.append(self.world.mean(float(loss.detach())))
         return self.losses[-1]
 
+    def _generator(self) -> torch.Generator:
+        """Of the next step's draws."""
+        return torch.Generator(self.device).manual_seed(self.config.seed * 1_000_003 + self.step + 500_000_000)
+
     def loss(self, generator: torch.Generator) -> Tensor:
         """The weighted squared error of the network's output over this process's images of one batch."""
         c = self.config
@@ -248,7 +274,7 @@ class Trainer:
         c_in = losses.coefficients(c.prediction, alpha, sigma, self.denoiser.sigma_data).c_in
         want = losses.target(c.prediction, x0, eps, alpha, sigma, self.denoiser.sigma_data)
         c_noise = self.denoiser._at_tensor(x, t)[1] if c.time_scale is None else (t * c.time_scale).float()
-        with torch.autocast("cpu", torch.bfloat16, enabled=c.bf16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=c.bf16):
             got = self.shared(x * c_in, c_noise, labels)
         got, v = got.float().split(x.shape[1], dim=1) if c.vlb else (got.float(), None)
         loss = (losses.weights(c.weighting, c.prediction, alpha, sigma) * (got - want).square()).mean()
@@ -265,7 +291,7 @@ class Trainer:
         image i of a batch meets the same time, noise, label and dropout in every world.
         """
         c = self.config
-        index = batch_indices(len(self.data.x), c.batch, self.step, c.seed)
+        index = batch_indices(len(self.data.x), c.batch, self.step, c.seed).to(self.device)
         x0 = self.data.x[index].float() / 127.5 - 1
         t = losses.sample_times(self.schedule, c.batch, c.times, generator)
         x, eps, alpha, sigma = losses.noised(x0, t, self.schedule, generator)
@@ -279,7 +305,7 @@ class Trainer:
     def _labels(self, index: Tensor, generator: torch.Generator) -> Tensor | None:
         if self.data.y is None:
             return None
-        dropped = torch.rand(len(index), generator=generator) < self.config.label_dropout
+        dropped = torch.rand(len(index), generator=generator, device=index.device) < self.config.label_dropout
         null = self.network.null_label
         if null is None:
             return self.data.y[index]
@@ -306,6 +332,7 @@ class Trainer:
                 "step": self.step,
                 "images": self.step * c.batch,
                 "data_sha256": self.data.digest,
+                **({"device": torch.cuda.get_device_name(self.device)} if self.device.type == "cuda" else {}),
             },
         }
 

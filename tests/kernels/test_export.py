@@ -16,7 +16,7 @@ class Step(torch.nn.Module):
     def forward(self, qkv):
         b, c, length = qkv.shape
         q, k, v = (x.transpose(-1, -2) for x in qkv.view(b, 3, 2, c // 6, length).unbind(1))
-        d = fused.attention(q, k, v, q, None).transpose(-1, -2).reshape(b, c // 3, length)
+        d = fused.attention(q, k, v, q, None)[0].transpose(-1, -2).reshape(b, c // 3, length)
         y, kept = fused.combine([qkv[:, : c // 3], d], WEIGHTS, None, 0)
         return y + kept.tanh()
 
