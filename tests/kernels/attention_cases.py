@@ -30,7 +30,7 @@ def forward(head, queries, keys, *how, **more):
 
 
 def backward(head, *how, **more):
-    for kernel, cut in ((b.of_queries, b.Blocks.of_queries(head)), (b.of_keys, b.Blocks.of_keys(head))):
+    for kernel, cut in ((b.of_queries, b.OF_QUERIES), (b.of_keys, b.OF_KEYS)):
         yield case(kernel, cut, head, f"{kernel.fn.__name__} {head}", *how, **more)
 
 

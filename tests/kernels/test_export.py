@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from fastdiff import ops
+from fastdiff.kernels import attention, combine  # noqa: F401  # what registers the two ops
 
 fused = torch.ops.fastdiff
 WEIGHTS = torch.tensor([[0.5, 2.0], [-1.0, 0.25]])
