@@ -102,9 +102,10 @@ def why_not_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor) -> str | Non
     return why_not(q, k, v, dout)
 
 
-def sums_like(q: Tensor, shape: tuple[int, ...] | None) -> Tensor:
-    """An empty tensor for the logarithm of each query's softmax sum; of none where the kernel that knows it does not run."""
-    return q.new_empty((0,) if shape is None else shape, dtype=torch.float32)
+def sums_like(q: Tensor, runs: bool) -> Tensor:
+    """Room for log2 of each query's sum of exponentials (B, heads, S), float32; none where no backward of ours needs it: the
+    kernel does not run, or the head is larger than BACKWARD."""
+    return q.new_empty(q.shape[:3] if runs and q.shape[3] <= BACKWARD else (0,), dtype=torch.float32)
 
 
 @torch.library.custom_op(
@@ -113,20 +114,20 @@ def sums_like(q: Tensor, shape: tuple[int, ...] | None) -> Tensor:
 )  # fmt: skip
 def attention(q: Tensor, k: Tensor, v: Tensor, residual: Tensor | None, scale: float | None) -> tuple[Tensor, Tensor]:
     """softmax(q k^T scale) v + residual, of q's shape (scale None is 1 / sqrt(d)); and what the kernels of the backward need:
-    log2 of the sum of each query's exponentials (B, heads, S), or nothing where torch runs."""
+    see `sums_like`."""
     check(q, k, v, residual)
     if why_not(q, k, v, residual) is None:
         from .attention_triton import forward
 
         with torch.cuda.device(q.device):
             return forward(q, k, v, residual, scale)
-    return like(q).copy_(reference(q, k, v, residual, scale)), sums_like(q, None)
+    return like(q).copy_(reference(q, k, v, residual, scale)), sums_like(q, False)
 
 
 @attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, residual: Tensor | None, scale: float | None) -> tuple[Tensor, Tensor]:
     check(q, k, v, residual)
-    return like(q), sums_like(q, q.shape[:3] if why_not(q, k, v, residual) is None else None)
+    return like(q), sums_like(q, why_not(q, k, v, residual) is None)
 
 
 def backward_reference(
@@ -168,7 +169,7 @@ def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    """A result that holds a residual too, or that torch made, is not kept."""
+    """The result is kept where our backward reads it: not one of torch's, nor one that holds a residual."""
     *tensors, residual, ctx.scale = inputs
     out, sums = output
     ctx.residual = residual is not None

@@ -87,7 +87,7 @@ def attend(
     HEAD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SINGLE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """One program a (sample, head, block of queries); sums (sample, head, position) gets log2 of the softmax's sum. Steps are
+    """One program a (sample, head, block of queries); sums (sample, head, position) gets log2 of a query's sum. Steps are
     strides over (sample, head, position, element); scale is in powers of two: log2(e) times softmax's."""
     blocks = tl.cdiv(queries, BLOCK_M)
     part, rest = tl.program_id(0) % blocks, tl.program_id(0) // blocks
@@ -124,7 +124,8 @@ def attend(
             if D1:
                 out1 = out1 * fade[:, None] + more1
             highest = higher
-    tl.store(sums + rest.to(tl.int64) * queries + m, highest + tl.log2(total), m < queries)
+    if sums is not None:
+        tl.store(sums + rest.to(tl.int64) * queries + m, highest + tl.log2(total), m < queries)
     store(out0 / total[:, None], residual, out, m, tl.arange(0, D0), residual_steps, out_steps, queries, HEAD, D0 <= HEAD)
     if D1:
         d1 = D0 + tl.arange(0, D1)
@@ -173,16 +174,16 @@ def interpreted() -> bool:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, residual: Tensor | None, scale: float | None) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T scale) v + residual, laid out as `attention.like`; and log2 of each query's sum (B, heads, S), as float32.
+    """softmax(q k^T scale) v + residual, laid out as `attention.like`; and the sums that `attention.sums_like` makes room for.
     The contract is `attention.why_not`."""
     batch, heads, queries, head = q.shape
-    keys, out, sums = k.shape[2], like(q), sums_like(q, q.shape[:3])
+    keys, out, sums = k.shape[2], like(q), sums_like(q, True)
     cut = Blocks.of(head, queries, keys)
     grid = (batch * heads * triton.cdiv(queries, cut.block_m),)
     base_two = (head**-0.5 if scale is None else scale) * math.log2(math.e)
     attend[grid](
-        q, k, v, residual, out, sums, base_two, heads, queries, keys, q.stride(), k.stride(), v.stride(),
-        (0, 0, 0, 0) if residual is None else residual.stride(), out.stride(),
+        q, k, v, residual, out, sums if sums.ndim == 3 else None, base_two, heads, queries, keys, q.stride(), k.stride(),
+        v.stride(), (0, 0, 0, 0) if residual is None else residual.stride(), out.stride(),
         UPCAST=interpreted() and q.dtype == torch.bfloat16, **cut.options(head),
     )  # fmt: skip
     return out, sums

@@ -4,6 +4,7 @@ from cubins import Case
 
 from fastdiff.kernels import attention_backward_triton as b
 from fastdiff.kernels import attention_triton as m
+from fastdiff.kernels.attention import BACKWARD
 
 TENSORS = {"q", "k", "v", "residual", "out", "dout", "dq", "dk", "dv"}
 FLOATS = {"sums", "deltas"}
@@ -16,7 +17,7 @@ def case(kernel, cut, head, title, dtype="bf16", channels_first=False, aligned=T
     steps = ("i32", "i32", "constexpr", "i32") if channels_first else ("i32", "i32", "i32", "constexpr")
     strides = [name for name in kernel.arg_names if name.endswith("_steps")]
     types = {name: f"*{dtype}" for name in kernel.arg_names if name in TENSORS}
-    types |= {name: "*fp32" for name in kernel.arg_names if name in FLOATS}
+    types |= {name: "*fp32" for name in kernel.arg_names if name in FLOATS and head <= BACKWARD}
     divisible = {*types, *strides} if aligned else set()
     types |= {name: kind for name, kind in NUMBERS.items() if name in kernel.arg_names} | dict.fromkeys(strides, steps)
     constants = {k: v for k, v in options.items() if not k.startswith("num_")} | {"UPCAST": False}
