@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 
 import fastdiff as fd
+from fastdiff import variants
 from fastdiff.cli import pictures
 from fastdiff.errors import FastdiffError
 from fastdiff.training.trainer import Trainer
@@ -96,6 +98,18 @@ def test_a_saved_plan_and_adaptive_steps(fastdiff, checkpoint):
     code, out, err = fastdiff("sample", checkpoint, "--adaptive", "--rtol", "0.1", "--atol", "0.1", "--seeds", "0-1")
     assert code == 0 and not err and "adaptive, rtol 0.1, atol 0.1" in out
     assert (fastdiff.folder / "out/samples/grid.png").exists()
+
+
+def test_variants_of_the_network(fastdiff, checkpoint, monkeypatch):
+    """auto says what it measured; images of another variant are not mixed into a folder of one."""
+    monkeypatch.setattr(variants, "fastest", partial(variants.fastest, seconds=0.0))
+    code, out, err = fastdiff("sample", checkpoint, "--seeds", "0-1", "--nfe", "4", "--variant", "auto", "--out", "o")
+    assert code == 0 and not err and "batch 2: " in out and "plain: " in out and "channels-last: " in out
+    many = ["sample", checkpoint, "-n", "3", "--nfe", "4", "--out", "many"]
+    assert fastdiff(*many, "--variant", "channels-last")[0] == 0
+    assert json.loads((fastdiff.folder / "many" / "images.json").read_text())["variant"] == "channels-last"
+    one_line(*fastdiff(*many), "variant (channels-last -> None)")
+
 
 
 def test_an_unconditional_checkpoint(fastdiff, tmp_path):
