@@ -53,7 +53,8 @@ class Variant:
         if self == PLAIN:
             return denoiser
         other = copy.copy(denoiser)
-        network = other.network = copy.deepcopy(denoiser.network)
+        network: Any = copy.deepcopy(denoiser.network)
+        other.network = network
         if self.channels_last:
             network.to(memory_format=torch.channels_last)
         if self.bf16:

@@ -188,8 +188,8 @@ def _gradients(ctx: Any, dout: Tensor, _: Tensor | None = None) -> tuple[Any, ..
         found = torch.ops.fastdiff.attention_backward(dout, q, k, v, out, sums, ctx.scale)
     else:
         with torch.enable_grad():
-            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-            again = F.scaled_dot_product_attention(*leaves, scale=ctx.scale)
+            q, k, v = leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+            again = F.scaled_dot_product_attention(q, k, v, scale=ctx.scale)
         found = torch.autograd.grad(again, leaves, dout)
     return *found, dout if ctx.residual else None, None
 

@@ -196,7 +196,7 @@ class Trainer:
             assert isinstance(start.network, UNet)
             self.network.load_state_dict(start.network.state_dict())
         self.ema = copy.deepcopy(self.network).requires_grad_(False)
-        self.shared = wrap(self.network, self.world)  # the network whose gradients are those of the whole batch
+        self.shared: Callable[..., Tensor] = wrap(self.network, self.world)  # its gradients are those of the whole batch
         self.optimiser = torch.optim.AdamW(self.network.parameters(), lr=config.lr, weight_decay=0.0)
         self.denoiser = Denoiser(self.network, self.schedule, config.prediction)  # checks the prediction's name
         self.step = 0
