@@ -18,6 +18,12 @@ from .sampling import DenoiserLike, Executor, prepared, run
 ISOLATED: dict[str, Any] = dict.fromkeys({"isolate_recompiles"} & set(inspect.signature(torch.compile).parameters), True)
 
 
+def not_compiled(error: Exception) -> FastdiffError:
+    """What to say of a failure of torch.compile: its own errors, a missing C++ compiler among them, share no base."""
+    why = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return FastdiffError(f"torch.compile failed ({why}): leave out --compile")
+
+
 class Sampler(nn.Module):
     """A denoiser and a plan as a module that `torch.compile(fullgraph=True)` and `torch.export` take whole: the loop unrolls,
     the weights are its constants, the networks its submodules.

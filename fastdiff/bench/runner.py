@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import files
+from ..compiled import not_compiled
 from ..denoiser import Denoiser
 from ..errors import FastdiffError
 from ..metrics import bootstrap, paired_bootstrap
@@ -165,8 +166,8 @@ class Bench:
         try:
             with torch.no_grad():  # as the samples are made, or torch would compile again
                 den(torch.zeros(len(seeds), *self.shape, device=den.device), den.schedule.t_max / 2)
-        except Exception as e:  # torch.compile's own errors, a missing C++ compiler among them, share no base
-            raise FastdiffError(f"torch.compile failed ({str(e).strip().splitlines()[0]}): leave out --compile") from e
+        except Exception as e:
+            raise not_compiled(e) from e
         return compiled
 
     def _score(self, x: Tensor) -> Record:

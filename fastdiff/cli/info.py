@@ -72,6 +72,7 @@ def _environment() -> dict[str, Any]:
 
     from .. import __version__, ops
     from ..checkpoints import SHIPPED
+    from ..variants import has_bf16
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     present = {name: find_spec(name) is not None for name in OPTIONAL}  # asked for, never imported
@@ -80,6 +81,7 @@ def _environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
+        "cpu": f"{torch.backends.cpu.get_cpu_capability()}, {'with' if has_bf16() else 'without'} instructions for bfloat16",
         "cuda": [torch.cuda.get_device_name(i) for i in range(count)],
         "kernels": ops.backends(),
         "installed": [name for name, here in present.items() if here],

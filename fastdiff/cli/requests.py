@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import FastdiffError
+from ..parallel import World
 from ..streaming import Request
+from .console import say
 
 if TYPE_CHECKING:
     import torch
@@ -84,6 +86,31 @@ def conditioned(denoiser: Denoiser, prompt: str | None, path: Path | None, count
     if bound.shape is not None:
         tried(bound)
     return bound, found
+
+
+def varied(denoiser: Denoiser, name: str, compile: bool, batch: int, world: World) -> tuple[Denoiser, dict[str, str]]:
+    """The denoiser in the variant asked for, and what tells its images from torch's default's: their bits differ. "auto" measures
+    and says what it saw.
+
+    Raises:
+        FastdiffError: no such variant, or one that does not go here.
+    """
+    from ..variants import PLAIN, VARIANTS, fastest
+
+    if compile and name != "auto":
+        raise FastdiffError("--compile only acts with --variant auto: add it, or take --variant compiled")
+    if name == "auto" and world.size > 1:
+        raise FastdiffError("--variant auto asks one process: under torchrun name the variant that they share")
+    if name == "auto":
+        denoiser, report = fastest(denoiser, batch, compile=compile)
+        for line in report.lines:
+            say(line)
+        name = report.chosen
+    elif name in VARIANTS:
+        denoiser = VARIANTS[name].of(denoiser)
+    else:
+        raise FastdiffError(f"--variant is auto or one of {', '.join(VARIANTS)}; given {name!r}")
+    return denoiser, {} if name == PLAIN.name else {"variant": name}
 
 
 def parse_classes(text: str | None, names: tuple[str, ...]) -> list[int] | None:

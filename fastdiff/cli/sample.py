@@ -15,7 +15,7 @@ from ..streaming import Batches, Layout, Npz, Pictures, Request, Stream, Work
 from .console import CHECKPOINT_HELP, CONDITION_HELP, progress_bar, say
 from .methods import Made, Maker, by_adaptive_steps, by_plan, latent
 from .pictures import check_folder, import_pillow, png, write_pictures
-from .requests import check_device, class_names, conditioned, in_turn, parse_classes, parse_seeds, requests
+from .requests import check_device, class_names, conditioned, in_turn, parse_classes, parse_seeds, requests, varied
 
 if TYPE_CHECKING:
     from ..denoiser import Denoiser
@@ -54,6 +54,8 @@ def sample(
     atol: Annotated[float | None, typer.Option(help="absolute tolerance of --adaptive; default 0.01")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default cuda where there is one")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="torch threads")] = None,
+    variant: Annotated[str, typer.Option(help="how the network runs: plain, auto (measured, CPU), bf16, ...")] = "plain",
+    compile: Annotated[bool, typer.Option("--compile", help="of --variant auto: try torch.compile too")] = False,
 ) -> None:
     """Sample images: one PNG for each seed and class, and grid.png with all of them; with -n any number, also under torchrun."""
     import torch
@@ -66,8 +68,6 @@ def sample(
     fixed = {"--solver": solver, "--nfe": nfe, "--grid": grid, "--end": end}
     check_together(fixed, {"--rtol": rtol, "--atol": atol}, plan, adaptive)
     check_kind(n, {"--seeds": seeds, "--scale": scale}, {"--format": layout, "--shard": shard})
-    if n is None or layout == "png":
-        import_pillow()
     numbers = parse_seeds(SEEDS if seeds is None else seeds)
     world = World() if n is None else join()
     where = check_device(device or world.device)
@@ -76,13 +76,16 @@ def sample(
     labels = parse_classes(classes, names)
     _check_network(denoiser, guidance, n)
     method = by_adaptive_steps(rtol, atol) if adaptive else by_plan(chosen_plan(denoiser, plan, fixed, guidance, force))
+    size = batch or BATCH.get(where.type, BATCH["cuda"])
+    most = min(size, n or len(numbers) * len(labels or [0])) * (1 if guidance == 1.0 else 2)
+    denoiser, how = varied(denoiser, variant, compile, most, world)
     rows = {} if conditions is None else conditions.places(range(n) if n else numbers)
-    make, size = Maker(denoiser, method, guidance, conditions, rows), batch or BATCH.get(where.type, BATCH["cuda"])
+    make = Maker(denoiser, method, guidance, conditions, rows)
     if n is None:
         columns = None if classes is None else len(numbers)
         _draw(out, make, requests(numbers, labels, names), size, scale or 1, columns)
     else:
-        about = {"checkpoint": denoiser.hash or checkpoint, "guidance": guidance, "prompt": prompt, "classes": labels}
+        about = {"checkpoint": denoiser.hash or checkpoint, "guidance": guidance, "prompt": prompt, "classes": labels, **how}
         about |= {} if conditions is None else {"condition": conditions.hash}
         work = Work(n, shard or SHARD, LAYOUTS[layout or "npz"], partial(in_turn, classes=labels, names=names),
                     method.identity | about)  # fmt: skip
@@ -133,7 +136,7 @@ def _stream(out: Path, make: Maker, work: Work, size: int, world: World) -> None
 
 
 def check_kind(n: int | None, alone: dict[str, Any], many: dict[str, Any]) -> None:
-    """-n and a sheet of pictures each have options that the other would ignore; --format is a known one."""
+    """-n and a sheet of pictures each have options that the other would ignore; --format is a known one; pictures need pillow."""
     given = [name for name, value in (many if n is None else alone).items() if value is not None]
     if given and n is None:
         raise FastdiffError(f"{', '.join(given)} only acts with -n: add it, or leave out {', '.join(given)}")
@@ -141,6 +144,8 @@ def check_kind(n: int | None, alone: dict[str, Any], many: dict[str, Any]) -> No
         raise FastdiffError(f"-n streams seeds 0 to n - 1 as they are: leave out {', '.join(given)}, or leave out -n")
     if n is not None and (many["--format"] or "npz") not in LAYOUTS:
         raise FastdiffError(f"--format must be one of {', '.join(LAYOUTS)}; given {many['--format']!r}")
+    if n is None or many["--format"] == "png":
+        import_pillow()
 
 
 def check_together(

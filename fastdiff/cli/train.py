@@ -13,6 +13,8 @@ from .pictures import check_folder
 from .running import interrupts, plot_losses
 
 if TYPE_CHECKING:
+    import torch
+
     from ..checkpoints.conditions import Conditions
     from ..denoiser import Denoiser
     from ..training.data import Images
@@ -45,14 +47,18 @@ def train(
     condition: Annotated[Path | None, typer.Option(help=f"of --from, 1 row or one an image: {CONDITION_HELP}")] = None,
     size: Annotated[int | None, typer.Option(min=1, help="crop and resize a folder's images to this side")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="torch threads; exact resuming needs the same")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default cuda where there is one")] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="run the network through torch.compile")] = False,
     save_every: Annotated[float, typer.Option(help="seconds between checkpoints")] = 60.0,
 ) -> None:
     """Train a U-Net, or the network of --from, also under torchrun; the same command goes on where an interrupted run stopped."""
     import torch
 
     from ..errors import FastdiffError
+    from ..parallel import join
     from ..training.data import load_images
     from ..training.trainer import TrainConfig, Trainer, continuing
+    from .requests import check_device
 
     if threads:
         torch.set_num_threads(threads)
@@ -66,12 +72,15 @@ def train(
     if source is not None and network_config:
         raise FastdiffError("--from brings its network: leave out --network")
     images = load_images(data, size, latents=True)
-    start, conditions = beginning(source, condition, images, out)
+    where = check_device(device or join().device)
+    start, conditions = beginning(source, condition, images, out, where)
     if start is not None:
         config = continuing(config, start, conditions)
-    trainer = Trainer(config, images, out, start, conditions)
+    trainer = Trainer(config, images, out, start, conditions, where)
     if trainer.step and trainer.world.first:
         say(f"resuming {out} at step {trainer.step} of {steps}")
+    if compile:
+        trainer.compile()
     run(trainer, save_every)
     if trainer.world.first:
         plot_losses(trainer.losses, out / "loss.png")
@@ -80,7 +89,7 @@ def train(
 
 
 def beginning(
-    source: str | None, condition: Path | None, images: Images, out: Path
+    source: str | None, condition: Path | None, images: Images, out: Path, where: torch.device
 ) -> tuple[Denoiser | None, Conditions | None]:
     """The checkpoint to go on from, for samples of the images' shape, and what its network is told of each image."""
     from ..checkpoints import load
@@ -93,7 +102,7 @@ def beginning(
         return None, None
     if Path(source).resolve() in (out.resolve(), (out / "model.safetensors").resolve()):
         raise FastdiffError(f"--out {out} is the checkpoint of --from, which would be overwritten: choose another folder")
-    start = load(source, shape=images.x.shape[1:])
+    start = load(source, shape=images.x.shape[1:]).to(where)
     return start, None if condition is None else read_conditions(condition, start, len(images.x), "image")
 
 
@@ -102,6 +111,8 @@ def run(trainer: Trainer, save_every: float) -> None:
     from ..training.trainer import Progress
 
     steps = trainer.config.steps
+    if trainer.step and trainer.world.first:
+        say(f"resuming {trainer.out} at step {trainer.step} of {steps}")
     with progress_bar(trainer.world.first) as bar, interrupts() as interrupted:
         task = bar.add_task("train", total=steps, completed=trainer.step)
 

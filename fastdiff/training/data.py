@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import zipfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,11 @@ class Images:
         """Some of them as x0, float32: pixels from -1 to 1, latents as they are."""
         x = self.x[index]
         return x if x.is_floating_point() else x.float() / 127.5 - 1
+
+    def to(self, device: torch.device) -> Images:
+        """The same images and labels on a device."""
+        return replace(self, x=self.x.to(device), y=None if self.y is None else self.y.to(device))
+
 
 
 def load_images(path: str | Path, size: int | None = None, latents: bool = False) -> Images:
@@ -125,6 +131,12 @@ def _square(file: Path, size: int | None) -> np.ndarray:
     return np.asarray(square, np.uint8).transpose(2, 0, 1)
 
 
+@lru_cache(maxsize=2)
+def _order(n: int, seed: int, epoch: int) -> Tensor:
+    """A permutation of n, which all steps of an epoch share."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+
+
 def batch_indices(n: int, batch: int, step: int, seed: int) -> Tensor:
     """The indices (batch,) of one step: a fresh seeded permutation an epoch, batches running on across its border.
 
@@ -134,8 +146,7 @@ def batch_indices(n: int, batch: int, step: int, seed: int) -> Tensor:
     rows = []
     while batch:
         epoch, offset = divmod(start, n)
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         take = min(batch, n - offset)
-        rows.append(torch.randperm(n, generator=generator)[offset : offset + take])
+        rows.append(_order(n, seed, epoch)[offset : offset + take])
         start, batch = start + take, batch - take
     return torch.cat(rows)

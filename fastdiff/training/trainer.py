@@ -1,6 +1,7 @@
 """Training a diffusion network: resumable bit for bit, since draws are functions of seed, step and place in the batch.
 
-Under `torchrun` the processes share every batch, and what an image meets does not depend on which of them has it.
+Under `torchrun` the processes share every batch, and what an image meets does not depend on which of them has it. The bits are
+those of one kind of device: a run may go on elsewhere, by other draws.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from ..checkpoints import native
 from ..checkpoints.conditions import Conditions
+from ..compiled import not_compiled
 from ..denoiser import Denoiser, rows_of
 from ..errors import FastdiffError
 from ..files import write_bytes
@@ -193,6 +195,7 @@ class Trainer:
 
     With `start` the first step begins with that denoiser's weights (`continuing` makes the configuration). A network of another
     library is saved in the layout that it came in, and told what `conditions` say, one row for all images or one for each.
+    Network, images and draws are on `device`.
 
     Raises:
         FastdiffError: resuming a run whose configuration or data differ (the message names them); a batch that the processes
@@ -200,9 +203,11 @@ class Trainer:
     """
 
     def __init__(
-        self, config: TrainConfig, data: Images, out: Path, start: Denoiser | None = None, conditions: Conditions | None = None
-    ) -> None:
-        self.config, self.data, self.out, self.conditions = config, data, out, conditions
+        self, config: TrainConfig, data: Images, out: Path, start: Denoiser | None = None, conditions: Conditions | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:  # fmt: skip
+        self.device = torch.device(device)
+        self.config, self.data, self.out, self.conditions = config, data.to(self.device), out, conditions
         self.schedule, self.world = _schedule(config.schedule), join()
         if config.batch % self.world.size:
             raise FastdiffError(f"a batch of {config.batch} cannot be shared evenly by {self.world.size} processes: change it")
@@ -210,10 +215,10 @@ class Trainer:
         if start is None or isinstance(start.network, UNet):
             self.denoiser = self._own(start)
         else:
-            self.denoiser = taken_over(start, data, conditions, config.label_dropout)
+            self.denoiser = taken_over(start.to(self.device), self.data, conditions, config.label_dropout)
         self.network = cast(Any, self.denoiser.network)
         self.ema = copy.deepcopy(self.network).requires_grad_(False)
-        self.shared = wrap(self.network, self.world)  # the network whose gradients are those of the whole batch
+        self.shared: Callable[..., Tensor] = wrap(self.network, self.world)  # its gradients are those of the whole batch
         self.optimiser = torch.optim.AdamW(self.network.parameters(), lr=config.lr, weight_decay=0.0)
         self.step = 0
         self.losses: list[float] = []
@@ -223,7 +228,7 @@ class Trainer:
 
     def _own(self, start: Denoiser | None) -> Denoiser:
         """Our own U-Net, new or with the weights of `start`; the Denoiser checks the prediction's name."""
-        network, scale = UNet(unet_config(self.config, self.data)), self.config.time_scale
+        network, scale = UNet(unet_config(self.config, self.data)).to(self.device), self.config.time_scale
         if start is not None:
             network.load_state_dict(start.network.state_dict())  # type: ignore[attr-defined]
         told = None if scale is None else partial(operator.mul, scale)
@@ -233,6 +238,22 @@ class Trainer:
     def skipped(self) -> int:
         """Steps that were not taken: their gradient was not finite."""
         return self.skips.total
+
+    def compile(self) -> None:
+        """Runs the network through torch.compile from now on: faster steps, after half a minute or more here.
+
+        Raises:
+            FastdiffError: torch cannot compile it; a network with dropout, whose masks are drawn sample by sample.
+        """
+        if isinstance(self.network, UNet) and self.network.config.dropout:
+            raise FastdiffError("torch.compile would compile dropout anew in every step: leave out --compile")
+        self.shared = torch.compile(self.shared)
+        self.network.train(isinstance(self.network, UNet))
+        try:
+            self.loss(self._generator()).backward()  # what fails does so before the first step
+        except Exception as e:
+            raise not_compiled(e) from e
+        self.optimiser.zero_grad(set_to_none=True)
 
     def run(self, callback: Callable[[Progress], None] | None = None, save_every: float = 60.0) -> None:
         """Trains to `config.steps`. An exception saves the steps done; SIGKILL loses `save_every` seconds at most."""
@@ -256,7 +277,7 @@ class Trainer:
     def train_step(self) -> float:
         """One optimiser step on the images and draws that (seed, step) determine; returns the loss of the whole batch."""
         c = self.config
-        generator = torch.Generator().manual_seed(c.seed * 1_000_003 + self.step + 500_000_000)
+        generator = self._generator()
         self.network.train(isinstance(self.network, UNet))
         for group in self.optimiser.param_groups:
             group["lr"] = c.lr * min((self.step + 1) / max(c.warmup, 1), 1.0) * (1 - self.step / c.steps)
@@ -271,6 +292,10 @@ class Trainer:
         self.losses.append(self.world.mean(float(loss.detach())))
         return self.losses[-1]
 
+    def _generator(self) -> torch.Generator:
+        """Of the next step's draws."""
+        return torch.Generator(self.device).manual_seed(self.config.seed * 1_000_003 + self.step + 500_000_000)
+
     def loss(self, generator: torch.Generator) -> Tensor:
         """The weighted squared error of the network's output over this process's images of one batch."""
         c = self.config
@@ -278,7 +303,7 @@ class Trainer:
         k = losses.coefficients(c.prediction, alpha, sigma, self.denoiser.sigma_data)
         want = losses.target(c.prediction, x0, eps, alpha, sigma, self.denoiser.sigma_data)
         c_noise = self.denoiser._at_tensor(x, t)[1]
-        with torch.autocast("cpu", torch.bfloat16, enabled=c.bf16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=c.bf16):
             got = self.denoiser.output(self.shared(x * k.c_in, c_noise, **cond))
         got, v = got.float().split(x.shape[1], dim=1) if c.vlb else (got.float(), None)
         if c.prediction == "both":
@@ -297,7 +322,7 @@ class Trainer:
         image i of a batch meets the same time, noise, label and dropout in every world.
         """
         c = self.config
-        index = batch_indices(len(self.data.x), c.batch, self.step, c.seed)
+        index = batch_indices(len(self.data.x), c.batch, self.step, c.seed).to(self.device)
         x0 = self.data.clean(index)
         t = losses.sample_times(self.schedule, c.batch, c.times, generator)
         x, eps, alpha, sigma = losses.noised(x0, t, self.schedule, generator)
@@ -316,14 +341,14 @@ class Trainer:
             return out
         cond, negative = self.conditions.rows(index)
         if negative is not None and self.config.label_dropout:
-            drop = torch.rand(len(index), generator=generator) < self.config.label_dropout
+            drop = torch.rand(len(index), generator=generator, device=index.device) < self.config.label_dropout
             cond = dropped(cond, negative, drop)
         return out | cond
 
     def _labels(self, index: Tensor, generator: torch.Generator) -> Tensor | None:
         if self.data.y is None:
             return None
-        dropped = torch.rand(len(index), generator=generator) < self.config.label_dropout
+        dropped = torch.rand(len(index), generator=generator, device=index.device) < self.config.label_dropout
         null = getattr(self.network, "null_label", None)
         if null is None:
             return self.data.y[index]
@@ -337,7 +362,8 @@ class Trainer:
     def training(self) -> dict[str, Any]:
         """What the checkpoint says of how it was trained."""
         c = self.config
-        return {**asdict(c), "step": self.step, "images": self.step * c.batch, "data_sha256": self.data.digest}
+        name = {"device": torch.cuda.get_device_name(self.device)} if self.device.type == "cuda" else {}
+        return {**asdict(c), "step": self.step, "images": self.step * c.batch, "data_sha256": self.data.digest, **name}
 
     def description(self) -> dict[str, Any]:
         """What a checkpoint of our own says of itself: everything a Denoiser needs and how it was trained."""

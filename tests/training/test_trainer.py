@@ -140,9 +140,9 @@ def test_a_network_of_both_has_twice_the_channels_and_the_loss_of_the_v_they_mak
     trainer = Trainer(config(prediction="both"), data, tmp_path)
     assert trainer.network.config.out_channels == 2
     material = trainer._material(torch.Generator().manual_seed(0))
-    trainer.shared = lambda x, t, labels: torch.cat([material.x0, material.eps], 1)  # the truth
+    trainer.shared = lambda x, t, **cond: torch.cat([material.x0, material.eps], 1)  # the truth
     assert float(trainer.loss(torch.Generator().manual_seed(0))) < 1e-12
-    trainer.shared = lambda x, t, labels: torch.cat([material.x0 + 1, material.eps], 1)  # v is off by sigma
+    trainer.shared = lambda x, t, **cond: torch.cat([material.x0 + 1, material.eps], 1)  # v is off by sigma
     expected = material.sigma.square().mean()
     torch.testing.assert_close(trainer.loss(torch.Generator().manual_seed(0)), expected)
     with pytest.raises(FastdiffError, match="leave out vlb"):
@@ -329,3 +329,25 @@ def test_no_null_class_and_no_dropout_trains(tmp_path, data):
     trainer = Trainer(config(label_dropout=0.0, network={**NETWORK, "null_class": False}), data, tmp_path)
     trainer.train_step()
     assert trainer.network.null_label is None
+
+
+@pytest.mark.slow
+def test_the_compiled_network_learns_alike(tmp_path, data):
+    losses = []
+    for compiled in (False, True):
+        trainer = Trainer(config(), data, tmp_path / str(compiled))
+        if compiled:
+            trainer.compile()
+            assert trainer.step == 0 and all(p.grad is None for p in trainer.network.parameters())
+        losses.append([trainer.train_step() for _ in range(5)])
+        trainer.save()
+    np.testing.assert_allclose(*losses, rtol=1e-3)
+    assert fd.load(tmp_path / "True").info["network"] == fd.load(tmp_path / "False").info["network"]
+
+
+def test_what_cannot_be_compiled_is_one_line(tmp_path, data, monkeypatch):
+    with pytest.raises(FastdiffError, match="dropout anew in every step: leave out --compile"):
+        Trainer(config(network={**NETWORK, "dropout": 0.1}), data, tmp_path).compile()
+    monkeypatch.setattr(torch, "compile", lambda module: lambda *inputs: 1 / 0)
+    with pytest.raises(FastdiffError, match=r"torch.compile failed \(division by zero\): leave out --compile"):
+        Trainer(config(), data, tmp_path).compile()
