@@ -93,7 +93,8 @@ def _denoiser(
         shape, process.time, output=process.output,
     )  # fmt: skip
     denoiser.hash = weights.hash
-    denoiser.info = {"network": dict(config), "variance": process.variance}
+    said = scheduler.get("variance_type")  # "learned" is not "learned_range": a log variance of the network's own
+    denoiser.info = {"network": dict(config), "variance": process.variance, "variance_type": said}
     return denoiser
 
 

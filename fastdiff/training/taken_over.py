@@ -17,7 +17,7 @@ from .data import Images
 LATENTS = "a network on latents learns from an .npz with `latents`, (n, C, h, w)"
 
 
-def taken_over(start: Denoiser, data: Images, conditions: Conditions | None, dropout: float) -> Denoiser:
+def taken_over(start: Denoiser, data: Images, conditions: Conditions | None, dropout: float, learned: bool) -> Denoiser:
     """A copy of the denoiser whose network learns, found to take these data.
 
     Its network stays in eval mode: its library would draw dropout masks from a state that no run can go on from. Parameters that
@@ -25,10 +25,11 @@ def taken_over(start: Denoiser, data: Images, conditions: Conditions | None, dro
 
     Args:
         dropout: the part of labels and conditions to be replaced by what guidance leads away from.
+        learned: whether the variance of DDPM's steps, the second half of the network's channels, learns too.
 
     Raises:
-        FastdiffError: labels or conditions that are missing or do not fit; samples that the network does not take; a network that
-            learned its variance too.
+        FastdiffError: labels or conditions that are missing or do not fit; samples that the network does not take; a network with
+            such a half that is not to learn, or without one that is.
     """
     shape = tuple(data.x.shape[1:])
     if needs := list(wanted(start)) if conditions is None else []:
@@ -42,19 +43,34 @@ def taken_over(start: Denoiser, data: Images, conditions: Conditions | None, dro
         out = tried(same)
     except FastdiffError as e:
         raise FastdiffError(f"{e} ({LATENTS})") from e
-    if out.shape == (1, 2 * shape[0], *shape[1:]):
-        raise FastdiffError(
-            f"this network gives {2 * shape[0]} channels for {shape[0]}: it learned the variance of its steps too, which only "
-            "fastdiff's own U-Net goes on learning (train --vlb)"
-        )
-    if out.shape != (1, *shape):
-        raise FastdiffError(f"this network turns samples of {shape} into {tuple(out.shape[1:])}: they must be of one shape")
+    _check_outputs(start, shape, tuple(out.shape[1:]), learned)
     out.sum().backward()
     for p in network.parameters():
         p.requires_grad_(p.grad is not None)
         p.grad = None
     same.cond = {}
     return same
+
+
+def _check_outputs(start: Denoiser, shape: tuple[int, ...], out: tuple[int, ...], learned: bool) -> None:
+    """Whether samples of `shape` become predictions of it, and beside them a variance where one learns (`variance.bound`)."""
+    doubled = (2 * shape[0], *shape[1:])
+    if out not in (shape, doubled):
+        raise FastdiffError(f"this network turns samples of {shape} into {out}: they must be of one shape")
+    if learned and out == shape:
+        raise FastdiffError("vlb trains the variance of a network's steps; this one predicts none: leave it out")
+    if out == shape:
+        return
+    if start.info.get("variance_type") == "learned":
+        raise FastdiffError(
+            'variance_type "learned": this network predicts the log of a variance itself, which nothing here trains; only '
+            '"learned_range" (Nichol and Dhariwal 2021, eq. 15) is trained'
+        )
+    if not learned:
+        raise FastdiffError(
+            f"this network gives {2 * shape[0]} channels for {shape[0]}: it learned the variance of its steps too; give --vlb, "
+            "usually 0.001, to go on learning both"
+        )
 
 
 def _check_labels(start: Denoiser, data: Images) -> None:

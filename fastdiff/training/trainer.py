@@ -131,15 +131,12 @@ def continuing(config: TrainConfig, denoiser: Denoiser, conditions: Conditions |
     Raises:
         FastdiffError: a network that cannot be trained here, or saved as what it was.
     """
-    own = isinstance(denoiser.network, UNet)
     kind = denoiser.info.get("format", type(denoiser.network).__name__)
-    if not own and denoiser.write is None:
+    if not isinstance(denoiser.network, UNet) and denoiser.write is None:
         raise FastdiffError(
             "training goes on from networks of fastdiff, guided-diffusion, EDM, diffusers and Stable Diffusion files; this is a "
             f"network of {kind}"
         )
-    if not own and config.vlb:
-        raise FastdiffError(f"vlb trains the variance of fastdiff's own U-Net; this is a network of {kind}: leave it out")
     return dataclasses.replace(
         config, network=denoiser.network.config.asdict() if isinstance(denoiser.network, UNet) else {},
         schedule=denoiser.schedule.config(), prediction=denoiser.prediction, time_scale=denoiser.info.get("time_scale"),
@@ -215,7 +212,7 @@ class Trainer:
         if start is None or isinstance(start.network, UNet):
             self.denoiser = self._own(start)
         else:
-            self.denoiser = taken_over(start.to(self.device), self.data, conditions, config.label_dropout)
+            self.denoiser = taken_over(start.to(self.device), self.data, conditions, config.label_dropout, bool(config.vlb))
         self.network = cast(Any, self.denoiser.network)
         self.ema = copy.deepcopy(self.network).requires_grad_(False)
         self.shared: Callable[..., Tensor] = wrap(self.network, self.world)  # its gradients are those of the whole batch

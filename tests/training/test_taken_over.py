@@ -1,6 +1,7 @@
 """`fastdiff train --from`: networks of other libraries go on learning, and stay what they were."""
 
 import json
+import math
 
 import diffusers
 import hub
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import fastdiff as fd
 from fastdiff.checkpoints.conditions import read_conditions
+from fastdiff.denoiser import rows_of
 from fastdiff.errors import FastdiffError
 from fastdiff.parallel import World
 from fastdiff.prediction import coefficients
@@ -56,6 +58,24 @@ def text_unet(folder):
 def dit(folder):
     source = hub.save(folder / "m", hub.make("DiTTransformer2DModel", **{**hub.DIT, "out_channels": 4}), DDPM)
     return source, latents(folder / "z.npz", y=np.arange(COUNT) % 5), None, {"label_dropout": 0.3}
+
+
+def dit_as_published(folder):
+    """It learned the variance of its steps, of which its scheduler's configuration says nothing."""
+    source = hub.save(folder / "m", hub.make("DiTTransformer2DModel", **hub.DIT), diffusers.DDIMScheduler())
+    return source, latents(folder / "z.npz", y=np.arange(COUNT) % 5), None, {"label_dropout": 0.3, "vlb": 0.05}
+
+
+def pixart_as_published(folder):
+    written(folder / "c.safetensors", COUNT, {"encoder_hidden_states": (5, 12)})
+    scheduler = diffusers.DDPMScheduler(**hub.VPS, variance_type="learned_range")
+    source = hub.save(folder / "m", hub.make("PixArtTransformer2DModel", **hub.PIXART), scheduler)
+    return source, latents(folder / "z.npz"), folder / "c.safetensors", {"label_dropout": 0.3, "vlb": 0.05, "vlb_steps": 500}
+
+
+def edm_of_iddpm(folder):
+    data = pixels(folder / "x.npz", y=np.arange(COUNT) % 5)
+    return test_edm.iddpm(folder)[0], data, None, {"label_dropout": 0.0, "vlb": 0.05}
 
 
 def sd3(folder):
@@ -103,8 +123,8 @@ def sdxl_file(folder):
     return path, latents(folder / "z.npz"), folder / "c.safetensors", {"label_dropout": 0.3}
 
 
-FEW = [pipeline, edm, text_unet]
-MORE = [classes, dit, sd3, flux, edm_of_ve, stable_diffusion, stable_diffusion_2, sdxl_file]
+FEW = [pipeline, edm, text_unet, dit_as_published]
+MORE = [classes, dit, pixart_as_published, sd3, flux, edm_of_ve, edm_of_iddpm, stable_diffusion, stable_diffusion_2, sdxl_file]
 EVERY = [*FEW, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE)]
 RESUMED = [pytest.param(pipeline, marks=pytest.mark.slow), *EVERY[1:]]  # its command below is fast
 
@@ -151,11 +171,13 @@ def test_a_run_resumes_to_the_same_bits_and_is_a_checkpoint_of_its_kind(case, tm
     assert (after.schedule, after.prediction, after.shape) == (before.schedule, before.prediction, before.shape)
     assert after.info["format"] == before.info["format"] and after.info["training"]["step"] == 4
     assert (after.decoder is None) == (before.decoder is None)
+    assert after.info.get("variance_type") == before.info.get("variance_type")
 
 
 @pytest.mark.parametrize("case", EVERY)
 def test_the_loss_is_that_of_the_denoised_prediction(case, tmp_path):
-    """What is learned is what is sampled: the error of D over c_out is that of the network, by the checkpoint's own denoiser."""
+    """What is learned is what is sampled: the error of D over c_out is that of the network, by the checkpoint's own denoiser;
+    beside it the bound of the variance that the solver ddpm samples with."""
     made = case(tmp_path)
     run = trainer(made, tmp_path / "a", weighting="simple")
     den = fd.load(made[0], shape=run.data.x.shape[1:])
@@ -165,8 +187,34 @@ def test_the_loss_is_that_of_the_denoised_prediction(case, tmp_path):
         found = float(run.loss(torch.Generator().manual_seed(5)))
     c_out = coefficients(den.prediction, den.schedule.alpha(m.t), den.schedule.sigma(m.t), den.sigma_data).c_out
     error = (d.double() - m.x0.double()) / c_out.view(-1, 1, 1, 1)
-    assert found == pytest.approx(float(error.square().mean()), rel=2e-3)
+    want = float(error.square().mean())
+    if run.config.vlb:
+        want += (added := bound_by_hand(run.config, den, m))
+        assert added > 0.05 * want
+    assert found == pytest.approx(want, rel=2e-3)
     assert set(m.cond) == ({"class_labels"} if run.data.y is not None else set()) | set(getattr(den.network, "conditions", ()))
+
+
+def bound_by_hand(config, den, m):
+    """Nichol and Dhariwal 2021, eqs. 15 and 16: q(x_s | x_t, x0) by Bayes' rule, the divergence of Gaussians by torch."""
+    step = (den.schedule.t_max - den.schedule.t_min) / config.vlb_steps
+    bits = []
+    for i, t in enumerate(m.t.tolist()):
+        with torch.no_grad():
+            d, v = den.bind(**rows_of(m.cond, torch.tensor([i]), len(m.t))).with_variance(m.x[i : i + 1], t)
+        if t < den.schedule.t_min + step:
+            bits.append(0.0)
+            continue
+        a, s, b, r = (float(f(u)) for u in (t, t - step) for f in (den.schedule.alpha, den.schedule.sigma))
+        forward = s * s - (a / b * r) ** 2
+        posterior = 1 / (1 / (r * r) + (a / b) ** 2 / forward)
+        x, x0, d, v = (part.double() for part in (m.x[i], m.x0[i], d[0], v[0]))
+        q, p = (posterior * (a / b / forward * x + b / (r * r) * clean) for clean in (x0, d))
+        width = torch.exp(((1 + v) * math.log(forward) + (1 - v) * math.log(posterior)) / 4)
+        theirs = torch.distributions.Normal(q, math.sqrt(posterior))
+        kl = torch.distributions.kl_divergence(theirs, torch.distributions.Normal(p, width))
+        bits.append(float(kl.mean()) / math.log(2))
+    return config.vlb * config.vlb_steps * sum(bits) / len(bits)
 
 
 def test_conditions_follow_their_images_and_are_dropped_to_the_negative_ones(tmp_path):
@@ -293,6 +341,16 @@ def learned_variance(folder):
     return source, latents(folder / "z.npz", y=np.arange(COUNT) % 5), None
 
 
+def log_variance(folder):
+    scheduler = diffusers.DDPMScheduler(**hub.VPS, variance_type="learned")
+    source = hub.save(folder / "m", hub.make("DiTTransformer2DModel", **hub.DIT), scheduler)
+    return source, latents(folder / "z.npz", y=np.arange(COUNT) % 5), None, "--vlb", 0.001
+
+
+def no_variance(folder):
+    return *pipeline(folder)[:3], "--vlb", 0.001
+
+
 def no_conditions(folder):
     return text_unet(folder)[0], folder / "z.npz", None
 
@@ -347,7 +405,9 @@ def itself(folder):
 @pytest.mark.parametrize(
     ("case", "words"),
     [
-        (learned_variance, "8 channels for 4: it learned the variance"),
+        (learned_variance, "8 channels for 4: it learned the variance of its steps too; give --vlb"),
+        (log_variance, 'only "learned_range"'),
+        (no_variance, "this one predicts none: leave it out"),
         (no_conditions, "conditioned on encoder_hidden_states: give --condition"),
         (other_rows, "has 5 rows; give 1 for all, or one for each image (6)"),
         (nothing_to_drop_to, "set --label-dropout 0"),
@@ -361,9 +421,9 @@ def itself(folder):
     ],
 )
 def test_what_cannot_be_trained_is_one_line(case, words, fastdiff, tmp_path):
-    source, data, file = case(tmp_path)
+    source, data, file, *how = case(tmp_path)
     files = sorted(tmp_path.rglob("*"))
-    how = () if file is None else ("--condition", file)
+    how += [] if file is None else ["--condition", file]
     code, _, err = fastdiff("train", "--data", data, "--from", source, *how, "--steps", 1, "--out", "run")
     assert code == 2 and words in err and len(err.strip().splitlines()) == 1, err
     assert sorted(tmp_path.rglob("*")) == files
