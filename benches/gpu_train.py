@@ -36,8 +36,9 @@ from fastdiff.bench.scoring import scorer_for
 from fastdiff.cli.running import interrupts, plot_losses
 from fastdiff.errors import FastdiffError
 from fastdiff.files import write_bytes
+from fastdiff.training.config import TrainConfig
 from fastdiff.training.data import Images, load_images
-from fastdiff.training.trainer import Progress, TrainConfig, Trainer
+from fastdiff.training.trainer import Progress, Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = "FASTDIFF_DATA"

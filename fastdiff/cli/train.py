@@ -56,8 +56,9 @@ def train(
 
     from ..errors import FastdiffError
     from ..parallel import join
+    from ..training.config import TrainConfig, continuing
     from ..training.data import load_images
-    from ..training.trainer import TrainConfig, Trainer, continuing
+    from ..training.trainer import Trainer
     from .requests import check_device
 
     if threads:

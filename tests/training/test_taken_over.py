@@ -8,7 +8,7 @@ import hub
 import numpy as np
 import pytest
 import torch
-from checkpoints import test_edm, test_ldm
+from checkpoints import test_edm, test_kdiffusion_models, test_ldm
 from checkpoints.test_conditions import FLOW, POOLED, TEXT, XL, written
 from safetensors.torch import load_file, save_file
 
@@ -18,8 +18,9 @@ from fastdiff.denoiser import rows_of
 from fastdiff.errors import FastdiffError
 from fastdiff.parallel import World
 from fastdiff.prediction import coefficients
+from fastdiff.training.config import TrainConfig, continuing
 from fastdiff.training.data import load_images
-from fastdiff.training.trainer import TrainConfig, Trainer, continuing
+from fastdiff.training.trainer import Trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # inside diffusers itself
 
@@ -123,8 +124,26 @@ def sdxl_file(folder):
     return path, latents(folder / "z.npz"), folder / "c.safetensors", {"label_dropout": 0.3}
 
 
+def of_k_diffusion(folder, kind, form):
+    if not test_kdiffusion_models.HERE:
+        pytest.skip("k-diffusion is not installed (see tests/checkpoints/test_kdiffusion_models.py)")
+    config = test_kdiffusion_models.CONFIGS[kind]
+    return test_kdiffusion_models.saved(folder, test_kdiffusion_models.made(config)[0], config, form)
+
+
+def kdiffusion_unet(folder):
+    return of_k_diffusion(folder, "U-Net", ".safetensors"), pixels(folder / "x.npz"), None, {"times": "lognormal"}
+
+
+def kdiffusion_classes(folder):
+    """Of a .pth, whose averaged weights are gone on from."""
+    data = pixels(folder / "x.npz", y=np.arange(COUNT) % 4)
+    return of_k_diffusion(folder, "transformer of classes", ".pth"), data, None, {"times": "lognormal", "label_dropout": 0.3}
+
+
 FEW = [pipeline, edm, text_unet, dit_as_published]
-MORE = [classes, dit, pixart_as_published, sd3, flux, edm_of_ve, edm_of_iddpm, stable_diffusion, stable_diffusion_2, sdxl_file]
+MORE = [classes, dit, pixart_as_published, sd3, flux, edm_of_ve, edm_of_iddpm, stable_diffusion, stable_diffusion_2, sdxl_file,
+        kdiffusion_unet, kdiffusion_classes]  # fmt: skip
 EVERY = [*FEW, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE)]
 RESUMED = [pytest.param(pipeline, marks=pytest.mark.slow), *EVERY[1:]]  # its command below is fast
 

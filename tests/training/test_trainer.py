@@ -17,9 +17,10 @@ import fastdiff as fd
 from fastdiff.errors import FastdiffError
 from fastdiff.prediction import PREDICTIONS
 from fastdiff.schedule import FAMILIES
+from fastdiff.training.config import TrainConfig
 from fastdiff.training.data import batch_indices, load_images
 from fastdiff.training.losses import sample_times, weights
-from fastdiff.training.trainer import TrainConfig, Trainer
+from fastdiff.training.trainer import Trainer
 
 NETWORK = {"model_channels": 32, "channel_mult": [1], "num_res_blocks": 1, "attention": [], "head_channels": 32}
 SCHEDULES = {
