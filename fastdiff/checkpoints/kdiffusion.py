@@ -70,7 +70,9 @@ def from_weights(weights: Weights, options: Options) -> Denoiser:
 
     denoiser = native.guarded(path, make)
     denoiser.hash = weights.hash
-    denoiser.info = {"format": f"k-diffusion, {config['model'].get('type')}", "network": dict(config["model"]), **weights.training}
+    denoiser.info = {
+        "format": f"k-diffusion, {config['model'].get('type')}", "network": dict(config["model"]), **weights.training,
+    }  # fmt: skip
     denoiser.write = partial(_write, config)
     return denoiser
 

@@ -1,4 +1,4 @@
-"""What a training run is: its settings, the network and the schedule that they name, and those of a checkpoint it goes on from."""
+"""What a training run is: its settings, the network and schedule that they name, those of a checkpoint it goes on from."""
 
 from __future__ import annotations
 
@@ -100,8 +100,8 @@ def continuing(config: TrainConfig, denoiser: Denoiser, conditions: Conditions |
     kind = denoiser.info.get("format", type(denoiser.network).__name__)
     if not isinstance(denoiser.network, UNet) and denoiser.write is None:
         raise FastdiffError(
-            "training goes on from networks of fastdiff, guided-diffusion, EDM, k-diffusion, diffusers and Stable Diffusion files; "
-            f"this is a network of {kind}"
+            "training goes on from networks of fastdiff, guided-diffusion, EDM, k-diffusion, diffusers and Stable Diffusion "
+            f"files; this is a network of {kind}"
         )
     return dataclasses.replace(
         config, network=denoiser.network.config.asdict() if isinstance(denoiser.network, UNet) else {},
