@@ -7,7 +7,7 @@
 # in one line what is missing) or anything else (failed).
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
-STAGES=(check ops unet attention sampler sanitize export)
+STAGES=(check ops unet attention sampler sanitize export train)
 
 if [[ ${1:-} == --only ]]; then
     if [[ " ${STAGES[*]} " != *" ${2:-} "* ]]; then

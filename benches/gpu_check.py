@@ -85,13 +85,27 @@ def attention(size: tuple[int, ...], dtype: torch.dtype, channels_first: bool) -
 
     q, k, v, residual = (part(n) for n in (queries, keys, keys, queries))
     runs(a.why_not(q, k, v))
-    y = torch.ops.fastdiff.attention(q, k, v, residual, None)
-    same((y, torch.ops.fastdiff.attention(q, k, v, residual, None)))
-    same((y[-1:], torch.ops.fastdiff.attention(q[-1:], k[-1:], v[-1:], residual[-1:], None)))  # whatever stands beside it
+    op = torch.ops.fastdiff.attention
+    y = op(q, k, v, residual, None)[0]
+    same((y, op(q, k, v, residual, None)[0]))
+    same((y[-1:], op(q[-1:], k[-1:], v[-1:], residual[-1:], None)[0]))  # whatever stands beside it
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         exact = a.reference(q.double(), k.double(), v.double(), residual.double())
         own = a.reference(q, k, v, residual)
-    return {"y": ratio(y, own, exact)}
+        found = {"y": ratio(y, own, exact)}
+        if head > a.BACKWARD:
+            return found
+        right = torchs_gradients(*(x.double() for x in (q, k, v, residual)))
+        torchs = torchs_gradients(q, k, v, residual)
+    given = (residual, q, k, v, *op(q, k, v, None, None), None)
+    got = torch.ops.fastdiff.attention_backward(*given)
+    same(*zip(got, torch.ops.fastdiff.attention_backward(*given), strict=True))
+    return found | {name: ratio(*three) for name, *three in zip(("dq", "dk", "dv"), got, torchs, right, strict=True)}
+
+
+def torchs_gradients(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    return torch.autograd.grad(a.reference(*leaves), leaves, dout)
 
 
 def combine(shape: tuple[int, ...], inputs: int, outputs: int, dtype: torch.dtype) -> dict[str, float]:

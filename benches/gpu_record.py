@@ -10,6 +10,7 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +36,19 @@ def start() -> str:
     return name
 
 
-def keep(stage: str, rows: Sequence[dict[str, Any]]) -> None:
+def keep(stage: str, rows: Sequence[dict[str, Any]], folder: Path = RESULTS) -> None:
     """Appends a stage's rows to today's record of this device, which appears whole or not at all."""
+    from fastdiff.bench.results import versions
     from fastdiff.files import write_text
 
-    name = torch.cuda.get_device_name()
-    label = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
-    path = RESULTS / f"gpu-{label}-{datetime.datetime.now(datetime.UTC):%Y-%m-%d}.json"
+    about, now = versions(), datetime.datetime.now(datetime.UTC)
+    label = re.sub("[^a-z0-9]+", "-", about["device"].lower()).strip("-")
+    path = folder / f"gpu-{label}-{now:%Y-%m-%d}.json"
     runs = json.loads(path.read_text()) if path.exists() else []
+    triton = metadata.version("triton") if find_spec("triton") else None
     runs.append({
-        "stage": stage, "device": name, "torch": torch.__version__, "triton": metadata.version("triton"),
-        "cuda": torch.version.cuda, "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "rows": list(rows),
+        "stage": stage, **about, "triton": triton, "cuda": torch.version.cuda, "time": now.isoformat(timespec="seconds"),
+        "rows": list(rows),
     })  # fmt: skip
     write_text(path, json.dumps(runs, indent=1) + "\n")
     print(f"appended {len(rows)} rows to {path}")

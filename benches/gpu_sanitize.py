@@ -33,7 +33,10 @@ def group_norm() -> None:
 def attention() -> None:
     for queries, keys, head in ((37, 77, 40), (19, 300, 80), (130, 130, 160), (5, 3, 8), (2049, 65, 64), (33, 90, 256)):
         q, k, v = (torch.randn(1, n, 2, head, device="cuda").half().transpose(1, 2) for n in (queries, keys, keys))
+        out, sums = torch.ops.fastdiff.attention(q, k, v, None, None)
         torch.ops.fastdiff.attention(q, k, v, q, None)
+        if head <= 128:
+            torch.ops.fastdiff.attention_backward(q, q, k, v, out, sums, None)
         q, k, v = (torch.randn(1, 2, head, n, device="cuda").half().transpose(-1, -2) for n in (queries, keys, keys))
         torch.ops.fastdiff.attention(q, k, v, None, 0.5)
 

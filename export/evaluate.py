@@ -14,7 +14,7 @@ import numpy as np
 
 from ..errors import FastdiffError
 from ..guide import Guided, Wrapped
-from .graph import FLOAT, Graph, Weight, scaled, total, value, weight_tensor, zeros
+from .graph import FLOAT, Graph, Weight, joined, scaled, total, value, weight_tensor, zeros
 from .network import BATCH, WEIGHTS, Condition, Traced, condition_values
 
 SCALE = "guidance_scale"
@@ -106,12 +106,17 @@ class Evaluation:
         told = g.add("Expand", weight_tensor(g, c["c_noise"]), self.size)
         f = g.inline(self.traced.model, [x, told, *self.conditions], WEIGHTS)[0]
         if self.contrast is None:
-            return _x0(g, y, f, c)
+            return self._x0(g, y, f, c)
         positive, negative = g.add("Split", f, axis=0, num_outputs=2, outputs=2)
         # F_n + scale (F_c - F_n): both have the same four scalars, so this is guidance of x0
         guided = g.add("Add", negative, scaled(g, _scale(g, c["guided"]), g.add("Sub", positive, negative)))
-        d = _x0(g, y, guided, c)
-        return self._rescaled(g, d, _x0(g, y, positive, c)) if self.contrast.rescale else d
+        d = self._x0(g, y, guided, c)
+        return self._rescaled(g, d, self._x0(g, y, positive, c)) if self.contrast.rescale else d
+
+    def _x0(self, g: Graph, y: str, f: str, c: Mapping[str, Weight]) -> str:
+        if self.traced.denoiser.prediction == "both":
+            f = joined(g, f, weight_tensor(g, c["c_skip"]), weight_tensor(g, c["c_out"]))
+        return total(g, [(w, v) for w, v in ((c["c_skip"], y), (c["c_out"], f)) if w != 0.0]) or zeros(g, y)
 
     def _rescaled(self, g: Graph, guided: str, positive: str) -> str:
         """Lin et al. 2023, eq. 15-16: towards the conditional prediction's own standard deviation, sample by sample."""
@@ -126,10 +131,6 @@ class Evaluation:
         one = g.constant(1.0, np.float32)
         part = g.add("Mul", g.constant(self.contrast.rescale, np.float32), g.add("Sub", ratio, one))
         return str(g.add("Mul", guided, g.add("Add", one, part)))
-
-
-def _x0(g: Graph, y: str, f: str, c: Mapping[str, Weight]) -> str:
-    return total(g, [(w, v) for w, v in ((c["c_skip"], y), (c["c_out"], f)) if w != 0.0]) or zeros(g, y)
 
 
 def _scale(g: Graph, acts: Weight) -> Weight:

@@ -177,6 +177,9 @@ def export(denoiser: Denoiser, plan: Method, out: str | Path, wish: Wish | None 
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise FastdiffError(f"{out} exists already: choose another --out, or remove it first")
     _check_wish(plan, wish, form)
+    if denoiser.step_counts and wish.plan_input:
+        raise FastdiffError("a student of several step counts is told its plan's when it is exported: leave out --plan-input")
+    denoiser = denoiser.told_of(plan) if isinstance(plan, Plan) else denoiser
     folder = _beside(out)
     try:
         made, _ = FORMATS[form](folder, denoiser, plan, wish)

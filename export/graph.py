@@ -93,6 +93,13 @@ def total(g: Graph, terms: Sequence[tuple[Weight, str]]) -> str:
     return found
 
 
+def joined(g: Graph, f: str, c_skip: str, c_out: str) -> str:
+    """The v of the x0 and the eps in f's two halves, as `prediction.joined`; the coefficients are tensors."""
+    x0, eps = g.add("Split", f, axis=1, num_outputs=2, outputs=2)
+    v = g.add("Add", g.add("Mul", eps, c_skip), g.add("Mul", x0, c_out))
+    return str(g.add("Div", v, g.add("Add", g.add("Mul", c_skip, c_skip), g.add("Mul", c_out, c_out))))
+
+
 def zeros(g: Graph, like: str) -> str:
     return str(g.add("Sub", like, like))
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..denoiser import Denoiser
 from ..errors import FastdiffError
-from .graph import DOUBLE, FLOAT, IR, Graph, clean, value
+from .graph import DOUBLE, FLOAT, IR, Graph, clean, joined, value
 from .half import half_copy
 from .need import need
 
@@ -54,7 +54,8 @@ class Condition:
 
 @dataclass(frozen=True)
 class Traced:
-    """A denoiser's network as an ONNX model (c_in*x, c_noise, *conditions) -> F in float32; and what it was made from."""
+    """A denoiser's network as an ONNX model (c_in*x, c_noise, *conditions) -> F in float32 (of prediction "both" still its two
+    halves); and what it was made from."""
 
     model: Any
     denoiser: Denoiser
@@ -83,13 +84,15 @@ class _Raw(nn.Module):
         self.network = network
         self.output = denoiser.output
         self.names, self.fixed = names, dict(fixed)
+        self.both = denoiser.prediction == "both"
         parameters = network.parameters() if isinstance(network, nn.Module) else iter(())
         self.dtype = next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
 
     def forward(self, x: Tensor, c_noise: Tensor, *conditions: Tensor) -> Tensor:
         given = dict(zip(self.names, conditions, strict=True))
         f = self.output(self.network(x.to(self.dtype), c_noise, **given, **self.fixed)).float()
-        return f[:, : x.shape[1]] if f.shape[1] == 2 * x.shape[1] else f  # a learned variance is not part of x0
+        # a learned variance is not part of x0
+        return f[:, : x.shape[1]] if f.shape[1] == 2 * x.shape[1] and not self.both else f
 
 
 class _Head(nn.Module):
@@ -212,6 +215,8 @@ def network_model(traced: Traced) -> Any:
     c_in, c_skip, c_out = (g.add("Reshape", c, column) for c in (c_in, c_skip, c_out))
     names = [c.name for c in traced.conditions]
     f = g.inline(traced.model, [g.add("Mul", "x", c_in), c_noise, *names], WEIGHTS)[0]
+    if traced.denoiser.prediction == "both":
+        f = joined(g, f, c_skip, c_out)
     g.add("Add", g.add("Mul", "x", c_skip), g.add("Mul", f, c_out), into=["x0"])
     full = (BATCH, *traced.sizes)
     inputs = [value("x", FLOAT, full), value("t", DOUBLE, (BATCH,)), *condition_values(traced)]

@@ -16,9 +16,10 @@ from .patching import patch
 from .plans import Plan, Row, Weights
 from .sampling import sample
 from .solvers import list_solvers, plan
+from .variants import fastest
 
 __version__ = "0.1.0"
 __all__ = [
-    "Denoiser", "Plan", "Row", "Weights", "accelerate", "capture", "compat", "compile", "errors", "grid", "guide",
+    "Denoiser", "Plan", "Row", "Weights", "accelerate", "capture", "compat", "compile", "errors", "fastest", "grid", "guide",
     "list_solvers", "load", "noise", "patch", "plan", "sample", "sample_adaptive", "schedule",
 ]  # fmt: skip

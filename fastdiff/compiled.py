@@ -12,10 +12,16 @@ from .denoiser import Denoiser
 from .errors import FastdiffError
 from .noise import stacked
 from .plans import Plan
-from .sampling import DenoiserLike, Executor, given_plan, run
+from .sampling import DenoiserLike, Executor, prepared, run
 
 # else torch counts the graphs of all samplers together, and the ninth plan or shape of a process is an error (torch < 2.13)
 ISOLATED: dict[str, Any] = dict.fromkeys({"isolate_recompiles"} & set(inspect.signature(torch.compile).parameters), True)
+
+
+def not_compiled(error: Exception) -> FastdiffError:
+    """What to say of a failure of torch.compile: its own errors, a missing C++ compiler among them, share no base."""
+    why = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return FastdiffError(f"torch.compile failed ({why}): leave out --compile")
 
 
 class Sampler(nn.Module):
@@ -27,15 +33,15 @@ class Sampler(nn.Module):
 
     def __init__(self, denoiser: DenoiserLike, plan: Plan | None = None) -> None:
         super().__init__()
-        self.denoiser, self.plan = denoiser, given_plan(denoiser, plan)
-        leaves = denoiser.leaves if isinstance(denoiser, Denoiser) else ()
+        self.denoiser, self.plan = prepared(denoiser, plan)
+        leaves = self.denoiser.leaves if isinstance(self.denoiser, Denoiser) else ()
         networks = {id(leaf.network): leaf.network for leaf in leaves if isinstance(leaf.network, nn.Module)}
         self.networks = nn.ModuleList(networks.values())
         # what a trace must find ready: the registers, and what the denoiser computes for each time on the host
         self.program, self.draws = self.plan.program, self.plan.draws
         for step in self.program.steps:
-            if step.call and isinstance(denoiser, Denoiser):
-                denoiser.choices(step.t)
+            if step.call and isinstance(self.denoiser, Denoiser):
+                self.denoiser.choices(step.t)
                 for leaf in leaves:
                     leaf.level(step.t)
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .errors import FastdiffError
-from .prediction import Coefficients, Level, check_prediction, coefficients
+from .prediction import Coefficients, Level, check_prediction, coefficients, joined
 from .schedule import NoiseSchedule
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Denoiser:
     Args:
         network: any callable `(c_in*x, c_noise, **bound) -> F`; c_noise is a (B,) float32 tensor.
         schedule: the noise schedule that the network was trained with.
-        prediction: "eps", "x0", "v", "flow", "score" or "edm".
+        prediction: "eps", "x0", "v", "flow", "score" or "edm"; or "both", x0 and eps in twice the channels, x0 first.
         shape: one sample's shape without the batch, or None where it is not known (then `seeds=` cannot be used).
         time: maps the schedule's t to what the network wants (index, 1 - t, ...); default t, for "edm" log(sigma/alpha)/4.
         data_range: the (lowest, highest) value of the images that the network was trained on.
@@ -67,10 +67,13 @@ class Denoiser:
         self.output = output or first_tensor
         self.cond: dict[str, Any] = {}
         self.plan: Plan | None = None  # the plan that a student or a tuned checkpoint ships with
-        self.tuned: tuple[Plan, ...] = ()  # plans tuned for it, one a budget and guidance: see `tuned_plan`
+        self.tuned: tuple[Plan, ...] = ()  # plans tuned for it, one a budget and guidance, and a student's own where it has
+        # one for each of several step counts: see `tuned_plan`
         self.info: dict[str, Any] = {}  # the checkpoint's own metadata
         self.decoder: Callable[[Tensor], Tensor] | None = None  # samples -> images in data_range, where samples are latents
         self.encode: Callable[[Sequence[str]], dict[str, Any]] | None = None  # prompts -> the conditions to bind
+        self.contrast: dict[str, Any] | None = None  # the conditions that guidance leads away from, bound beside the others
+        self.write: Callable[..., None] | None = None  # (folder, network, training): a checkpoint of the layout it came in
         self.levels: dict[float, tuple[Coefficients, Level]] = {}  # of every float time asked for: see `level`
 
     @property
@@ -87,11 +90,37 @@ class Denoiser:
 
     @property
     def unprompted(self) -> dict[str, Any] | None:
-        """The conditions of the empty prompt, which guidance contrasts with; None where the checkpoint has no text encoders."""
-        return None if self.encode is None else self.encode([""])
+        """What guidance leads away from: `contrast`, or the conditions of the empty prompt; None where there are neither."""
+        return self.contrast if self.contrast is not None or self.encode is None else self.encode([""])
+
+    @property
+    def step_counts(self) -> tuple[int, ...]:
+        """The numbers of calls that a student of several was trained for; empty for any other network."""
+        return getattr(self.network, "step_counts", ())
+
+    def told_of(self, plan: Plan) -> Denoiser:
+        """The denoiser as it runs a plan: a student of several step counts is told the plan's, where no `steps` is bound.
+
+        Raises:
+            FastdiffError: a number of calls that the student was not trained for.
+        """
+        if not self.step_counts or "steps" in self.cond:
+            return self
+        self._check_count(plan.nfe)
+        return self.bind(steps=plan.nfe)
+
+    def _check_count(self, nfe: int) -> None:
+        if self.step_counts and nfe not in self.step_counts:
+            raise FastdiffError(f"this student was trained for {', '.join(map(str, self.step_counts))} calls; asked for {nfe}")
 
     def tuned_plan(self, nfe: int, guidance: float | None = None) -> Plan | None:
-        """The plan tuned for this checkpoint, its guidance (or the scale given) and `nfe` evaluations, where there is one."""
+        """The plan tuned for this checkpoint, its guidance (or the scale given) and `nfe` evaluations, where there is one; of a
+        student of several step counts its own.
+
+        Raises:
+            FastdiffError: a number of calls that such a student was not trained for.
+        """
+        self._check_count(nfe)
         return next((p for p in self.tuned if p.nfe == nfe and self.why_not(p, guidance) is None), None)
 
     def why_not(self, plan: Plan, guidance: float | None = None) -> str | None:
@@ -115,6 +144,15 @@ class Denoiser:
             return f"it was tuned at guidance {', '.join(f'{s:g}' for s in scales)}, not at this one"
         return None
 
+    def with_network(self, network: Network, prediction: str | None = None) -> Denoiser:
+        """A copy around another network, of another prediction where given, without the plans that belonged to its own."""
+        out = copy.copy(self)
+        out.network, out.plan, out.tuned, out.levels = network, None, (), {}
+        out.prediction = prediction or self.prediction
+        check_prediction(out.prediction)
+        out.__dict__.pop("_dtype", None)
+        return out
+
     def bind(self, **cond: Any) -> Denoiser:
         """A copy with conditioning attached: it is passed to every call of the network, by name."""
         bound = copy.copy(self)
@@ -131,8 +169,7 @@ class Denoiser:
 
     def subset(self, index: Tensor, batch: int) -> Denoiser:
         """The denoiser of some samples of a batch: bound tensors of the batch's length are cut to them."""
-        cond = {k: v[index] for k, v in self.cond.items() if isinstance(v, Tensor) and v.ndim and len(v) == batch}
-        return self.bind(**cond) if cond else self
+        return self.bind(**rows_of(self.cond, index, batch)) if self.cond else self
 
     def __call__(self, x: Tensor, t: float | Tensor) -> Tensor:
         """The denoised prediction for the noisy sample x (B, ...) at time t, a float or a (B,) tensor; x's shape and dtype."""
@@ -152,9 +189,10 @@ class Denoiser:
         """
         (c_in, c_skip, c_out), level = self.level(t)
         f = self.raw(x * c_in, told(x, level)).to(x.dtype)
-        if f.shape == x.shape:
+        if f.shape == x.shape or self.prediction == "both":
             raise FastdiffError("this plan needs learned variance: a network that returns twice the channels of its input")
-        return x * c_skip + self._drop_variance(f, x) * c_out, f[:, x.shape[1] :]
+        first, v = self._halves(f, x)
+        return x * c_skip + first * c_out, v
 
     def folded(self, t: float) -> Folded | None:
         """What turns `outputs` at time t into the prediction, for who does that arithmetic elsewhere; None: call the denoiser."""
@@ -165,8 +203,8 @@ class Denoiser:
 
     def outputs(self, x: Tensor, t: float) -> tuple[Tensor, ...]:
         """The network's outputs at time t, each of x's shape and of the network's own dtype: one for each weight of `folded`."""
-        (c_in, _, _), noise_level = self.level(t)
-        return (self._output(x, c_in, told(x, noise_level)),)
+        c, noise_level = self.level(t)
+        return (self._output(x, c, told(x, noise_level)),)
 
     def raw(self, x: Tensor, c_noise: Tensor) -> Tensor:
         """The network's own output F for an input already scaled by c_in, in the network's dtype."""
@@ -174,27 +212,32 @@ class Denoiser:
         return self.output(self.network(x if dtype is None else x.to(dtype), c_noise, **self.cond))
 
     def _denoise(self, x: Tensor, c: Coefficients, c_noise: Tensor) -> Tensor:
-        c_in, c_skip, c_out = c
-        f = self._output(x, c_in, c_noise)
+        _, c_skip, c_out = c
+        f = self._output(x, c, c_noise)
         if f.dtype != x.dtype:
             f = f.to(x.dtype)
         if isinstance(c_skip, float):
             return (x * c_skip).add_(f, alpha=c_out) if c_skip != 0.0 else f * c_out
         return x * c_skip + f * c_out
 
-    def _output(self, x: Tensor, c_in: Any, c_noise: Tensor) -> Tensor:
+    def _output(self, x: Tensor, c: Coefficients, c_noise: Tensor) -> Tensor:
         """What the network predicts, of x's shape."""
-        f = self.raw(x if isinstance(c_in, float) and c_in == 1.0 else x * c_in, c_noise)
-        return f if f.shape == x.shape else self._drop_variance(f, x)
+        f = self.raw(x if isinstance(c.c_in, float) and c.c_in == 1.0 else x * c.c_in, c_noise)
+        if self.prediction == "both":
+            return joined(*self._halves(f, x), c)
+        return f if f.shape == x.shape else self._halves(f, x)[0]
 
-    def _drop_variance(self, f: Tensor, x: Tensor) -> Tensor:
+    def _halves(self, f: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The two halves of twice x's channels: a prediction and its variance, or an x0 and an eps."""
         doubled = (x.shape[0], 2 * x.shape[1], *x.shape[2:])
         if f.shape != doubled:
+            wanted = "the same shape (or twice the channels, with learned variance)"
+            wanted = 'twice the channels, x0 and then eps, for prediction="both"' if self.prediction == "both" else wanted
             raise FastdiffError(
-                f"the network returned shape {tuple(f.shape)} for an input of {tuple(x.shape)}; it must return the same "
-                "shape (or twice the channels, with learned variance); pass output= to pick the right tensor"
+                f"the network returned shape {tuple(f.shape)} for an input of {tuple(x.shape)}; it must return {wanted}; "
+                "pass output= to pick the right tensor"
             )
-        return f[:, : x.shape[1]]
+        return f[:, : x.shape[1]], f[:, x.shape[1] :]
 
     @property
     def leaves(self) -> tuple[Denoiser, ...]:
@@ -286,6 +329,14 @@ class Denoiser:
         if self.decoder is not None:
             x = self.decoder(x)
         return ((x.float() - low) / (high - low)).clamp(0, 1)
+
+
+def rows_of(condition: Any, index: Tensor, count: int) -> Any:
+    """Some samples' part of a condition, a tensor or a mapping of them: rows of what has one for each of `count` samples."""
+    if isinstance(condition, Mapping):
+        return {name: rows_of(part, index, count) for name, part in condition.items()}
+    rows = isinstance(condition, Tensor) and condition.ndim and len(condition) == count
+    return condition[index.to(condition.device)] if rows else condition
 
 
 def told(x: Tensor, level: Level) -> Tensor:

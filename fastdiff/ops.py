@@ -63,7 +63,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, residual: Tensor | None = None, s
     from .kernels import attention as fused
 
     if q.device.type == "cuda" and fused.faster(q, k, v):
-        return torch.ops.fastdiff.attention(q, k, v, residual, scale)
+        return torch.ops.fastdiff.attention(q, k, v, residual, scale)[0]
     return fused.reference(q, k, v, residual, scale)
 
 

@@ -11,7 +11,7 @@ from typing import Literal as L
 from .errors import FastdiffError
 from .schedule import namespace
 
-Prediction = L["eps", "x0", "v", "flow", "score", "edm"]
+Prediction = L["eps", "x0", "v", "flow", "score", "edm", "both"]
 PREDICTIONS: tuple[str, ...] = get_args(Prediction)
 Level = Any  # float, or a tensor that broadcasts against x
 
@@ -32,12 +32,13 @@ def coefficients(prediction: str, alpha: Level, sigma: Level, sigma_data: float 
 
     eps and score divide by alpha and are undefined at alpha = 0; all others stay finite there and at sigma = 0.
     v: Salimans and Ho 2022, appendix D; edm: Karras et al. 2022, table 1, for any (alpha, sigma) through sigma/alpha.
+    both: an x0 and an eps, twice the channels, of which `joined` makes a v.
     """
     if prediction == "eps":
         return Coefficients(1.0, 1 / alpha, -sigma / alpha)
     if prediction == "score":
         return Coefficients(1.0, 1 / alpha, sigma**2 / alpha)
-    if prediction == "v":
+    if prediction in ("v", "both"):
         norm = alpha**2 + sigma**2  # 1 for a variance-preserving schedule
         return Coefficients(1.0, alpha / norm, -sigma / norm)
     if prediction == "flow":
@@ -51,12 +52,12 @@ def coefficients(prediction: str, alpha: Level, sigma: Level, sigma_data: float 
 
 
 def target(prediction: str, x0: Level, eps: Level, alpha: Level, sigma: Level, sigma_data: float = 0.5) -> Level:
-    """The output F for which D = x0 exactly: what the network is trained to return."""
+    """The output F for which D = x0 exactly: what the network is trained to return; of "both" what `joined` makes of it."""
     if prediction == "eps":
         return eps
     if prediction == "score":
         return -eps / sigma
-    if prediction == "v":
+    if prediction in ("v", "both"):
         return alpha * eps - sigma * x0
     if prediction == "flow":
         return eps - x0
@@ -65,3 +66,13 @@ def target(prediction: str, x0: Level, eps: Level, alpha: Level, sigma: Level, s
         return (x0 - c.c_skip * (alpha * x0 + sigma * eps)) / c.c_out
     check_prediction(prediction)
     return x0
+
+
+def joined(x0: Level, eps: Level, c: Coefficients) -> Level:
+    """The v = alpha eps - sigma x0 of a network that predicts both (Salimans and Ho 2022, section 4), `c` being its coefficients:
+    c_skip = alpha/n and c_out = -sigma/n with n = alpha^2 + sigma^2 give alpha and sigma back.
+
+    D is then the paper's (sigma^2 x0 + alpha^2 (x - sigma eps)/alpha)/n: x0 counts where there is noise, eps where there is
+    little, and nothing is divided by alpha.
+    """
+    return (eps * c.c_skip + x0 * c.c_out) / (c.c_skip**2 + c.c_out**2)

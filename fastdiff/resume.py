@@ -19,7 +19,7 @@ def read_state(path: Path, *keys: str) -> dict[str, Any]:
         FastdiffError: a file that is damaged, or could run code.
     """
     try:
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, weights_only=True, map_location="cpu")
         missing = [key for key in keys if key not in state]
     except (OSError, RuntimeError, EOFError, TypeError, pickle.UnpicklingError) as e:
         raise FastdiffError(f"{path} is damaged ({e}); delete it to start anew") from e

@@ -53,7 +53,7 @@ def sample(
         FastdiffError: nothing or too much to start from, a wrong shape, draws without a source.
         NonFiniteError: the network returned NaN or infinity (which row and time).
     """
-    plan = given_plan(denoiser, plan)
+    denoiser, plan = prepared(denoiser, plan)
 
     def loop(x: Tensor, source: NoiseSource | None) -> Tensor:
         return run(denoiser, plan, x, source, callback)
@@ -61,12 +61,12 @@ def sample(
     return _sample_by(loop, denoiser, plan, noise, seeds, start, brownian, dtype, device)
 
 
-def given_plan(denoiser: DenoiserLike, plan: Plan | None) -> Plan:
-    """The plan, by default the denoiser's own."""
+def prepared(denoiser: DenoiserLike, plan: Plan | None) -> tuple[DenoiserLike, Plan]:
+    """The plan, by default the denoiser's own, and the denoiser as it runs that plan."""
     plan = plan if plan is not None else getattr(denoiser, "plan", None)
     if plan is None:
         raise FastdiffError("no plan given, and the checkpoint ships with none: make one with fd.plan(solver, denoiser, nfe=...)")
-    return plan
+    return denoiser.told_of(plan) if hasattr(denoiser, "told_of") else denoiser, plan
 
 
 class Executor(ABC):
@@ -75,7 +75,7 @@ class Executor(ABC):
     device: torch.device | None = None  # where the states are made; None: as `sample` does
 
     def __init__(self, denoiser: DenoiserLike, plan: Plan | None = None) -> None:
-        self.denoiser, self.plan = denoiser, given_plan(denoiser, plan)
+        self.denoiser, self.plan = prepared(denoiser, plan)
 
     @torch.no_grad()
     def __call__(

@@ -21,6 +21,7 @@ from .availability import missing_triton
 
 DTYPES = (torch.float16, torch.bfloat16)
 HEADS = (8, 256)  # sizes of a head, smallest and largest
+BACKWARD = 128  # the largest head whose gradient is our kernels'
 
 Site = tuple[int, int, int, int, int]
 # Where benches/gpu_attention.py saw the kernel beat every backend of torch: it prints the lines to put here. Not measured: empty.
@@ -94,48 +95,111 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, residual: Tensor | None = None) -> 
     return None
 
 
+def why_not_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why the kernels of the backward do not take these inputs and torch goes back instead; None where they do."""
+    if q.shape[3] > BACKWARD:
+        return f"the backward's kernels take heads up to {BACKWARD}; given {q.shape[3]}"
+    return why_not(q, k, v, dout)
+
+
+def sums_like(q: Tensor, runs: bool) -> Tensor:
+    """Room for log2 of each query's sum of exponentials (B, heads, S), float32; none where no backward of ours needs it: the
+    kernel does not run, or the head is larger than BACKWARD."""
+    return q.new_empty(q.shape[:3] if runs and q.shape[3] <= BACKWARD else (0,), dtype=torch.float32)
+
+
 @torch.library.custom_op(
     "fastdiff::attention", mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor? residual, float? scale) -> Tensor",
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? residual, float? scale) -> (Tensor out, Tensor sums)",
 )  # fmt: skip
-def attention(q: Tensor, k: Tensor, v: Tensor, residual: Tensor | None, scale: float | None) -> Tensor:
-    """softmax(q k^T scale) v + residual, of q's shape; scale None is 1 / sqrt(d)."""
+def attention(q: Tensor, k: Tensor, v: Tensor, residual: Tensor | None, scale: float | None) -> tuple[Tensor, Tensor]:
+    """softmax(q k^T scale) v + residual, of q's shape (scale None is 1 / sqrt(d)); and what the kernels of the backward need:
+    see `sums_like`."""
     check(q, k, v, residual)
     if why_not(q, k, v, residual) is None:
         from .attention_triton import forward
 
         with torch.cuda.device(q.device):
             return forward(q, k, v, residual, scale)
-    return like(q).copy_(reference(q, k, v, residual, scale))
+    return like(q).copy_(reference(q, k, v, residual, scale)), sums_like(q, False)
 
 
 @attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, residual: Tensor | None, scale: float | None) -> Tensor:
+def _(q: Tensor, k: Tensor, v: Tensor, residual: Tensor | None, scale: float | None) -> tuple[Tensor, Tensor]:
     check(q, k, v, residual)
-    return like(q)
+    return like(q), sums_like(q, why_not(q, k, v, residual) is None)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def backward_reference(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) by the kernels' formulas in float32 (float64 of float64), with every score at once."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q, k, v, dout = (x.to(wide) for x in (q, k, v, dout))
+    factor = q.shape[3] ** -0.5 if scale is None else scale
+    p = torch.softmax(q @ k.mT * factor, -1)
+    dp = dout @ v.mT
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * factor
+    return ds @ k, ds.mT @ q, p.mT @ dout
+
+
+@torch.library.custom_op(
+    "fastdiff::attention_backward", mutates_args=(),
+    schema="(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor sums, float? scale) -> "
+           "(Tensor dq, Tensor dk, Tensor dv)",
+)  # fmt: skip
+def attention_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, scale: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v, laid out as `like`; out is the result before a residual was added."""
+    check(q, k, v, dout)
+    if why_not_backward(dout, q, k, v) is None:
+        from .attention_backward_triton import backward
+
+        with torch.cuda.device(q.device):
+            return backward(dout, q, k, v, out, sums, scale)
+    dq, dk, dv = backward_reference(dout, q, k, v, scale)
+    return like(q).copy_(dq), like(k).copy_(dk), like(v).copy_(dv)
+
+
+@attention_backward.register_fake
+def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    check(q, k, v, dout)
+    return like(q), like(k), like(v)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """The result is kept where our backward reads it: not one of torch's, nor one that holds a residual."""
     *tensors, residual, ctx.scale = inputs
+    out, sums = output
     ctx.residual = residual is not None
-    ctx.save_for_backward(*tensors)
+    ctx.mark_non_differentiable(sums)
+    ctx.save_for_backward(*tensors, sums, out if sums.ndim == 3 and not ctx.residual else None)
 
 
-def _gradients(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
-    """torch's: the forward is made again by scaled_dot_product_attention and gone back through. A kernel of our own does not
-    exist."""
-    with torch.enable_grad():
-        q, k, v = leaves = [x.detach().requires_grad_() for x in ctx.saved_tensors]
-        out = F.scaled_dot_product_attention(q, k, v, scale=ctx.scale)
-    return *torch.autograd.grad(out, leaves, dout), dout if ctx.residual else None, None
+def _gradients(ctx: Any, dout: Tensor, _: Tensor | None = None) -> tuple[Any, ...]:
+    """Our kernels' where one of them made the forward and the head is at most BACKWARD; else torch's: the forward is made
+    again by scaled_dot_product_attention and gone back through."""
+    q, k, v, sums, out = ctx.saved_tensors
+    found: tuple[Tensor, ...]
+    if sums.ndim == 3 and why_not_backward(dout, q, k, v) is None:
+        if out is None:  # rounded with the residual, so not to be had from the result
+            out, sums = torch.ops.fastdiff.attention(q, k, v, None, ctx.scale)
+        found = torch.ops.fastdiff.attention_backward(dout, q, k, v, out, sums, ctx.scale)
+    else:
+        with torch.enable_grad():
+            q, k, v = leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+            again = F.scaled_dot_product_attention(q, k, v, scale=ctx.scale)
+        found = torch.autograd.grad(again, leaves, dout)
+    return *found, dout if ctx.residual else None, None
 
 
 attention.register_autograd(_gradients, setup_context=_save)
 
 
-def _to_onnx(q: Any, k: Any, v: Any, residual: Any, scale: float | None) -> Any:
+def _to_onnx(q: Any, k: Any, v: Any, residual: Any, scale: float | None) -> tuple[Any, Any]:
     """attention as MatMul and Softmax, which every runtime fuses by itself; q and k each take the root of the scale, so that no
-    product leaves float16."""
+    product leaves float16. The sums are for a backward, which an exported graph has not."""
     import numpy as np
     import onnx_ir
     from onnxscript import opset18
@@ -145,7 +209,8 @@ def _to_onnx(q: Any, k: Any, v: Any, residual: Any, scale: float | None) -> Any:
     factor = op.CastLike(op.Constant(value=onnx_ir.tensor(np.array(root, np.float32))), q)
     scores = op.MatMul(op.Mul(q, factor), op.Mul(op.Transpose(k, perm=[0, 1, 3, 2]), factor))
     out = op.MatMul(op.Softmax(scores, axis=-1), v)
-    return out if residual is None else op.Add(out, residual)
+    none = op.Constant(value=onnx_ir.tensor(np.empty(0, np.float32)))
+    return (out if residual is None else op.Add(out, residual)), none
 
 
 def onnx_table() -> dict[Any, Any]:

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention import like
+from .attention import like, sums_like
 
 # Keys taken as one tile, by the width that a head takes on chip. Twice as many spill: 256 keys of a head of 80 take 255 registers
 # and 112 bytes of stack on sm_80, 128 keys of a head of 128 up to 160 bytes on sm_90 where positions lie side by side.
@@ -33,6 +33,12 @@ def load(base, rows, columns, row_step, column_step, rows_end, columns_end, WHOL
     if not WHOLE:
         inside = inside & (columns < columns_end)[None, :]
     return tl.load(base + rows[:, None] * row_step + columns[None, :] * column_step, inside, other=0.0)
+
+
+@triton.jit
+def here(x, b, h, steps):
+    """Where a sample's head begins."""
+    return x + b * steps[0] + h * steps[1]
 
 
 @triton.jit
@@ -77,21 +83,18 @@ def store(value, residual, out, m, d, residual_steps, steps, queries, HEAD: tl.c
 
 @triton.jit
 def attend(
-    q, k, v, residual, out, scale, heads, queries, keys, q_steps, k_steps, v_steps, residual_steps, out_steps,
+    q, k, v, residual, out, sums, scale, heads, queries, keys, q_steps, k_steps, v_steps, residual_steps, out_steps,
     HEAD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SINGLE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """One program a (sample, head, block of queries). Steps are strides over (sample, head, position, element); scale is in
-    powers of two: log2(e) times softmax's."""
+    """One program a (sample, head, block of queries); sums (sample, head, position) gets log2 of a query's sum. Steps are
+    strides over (sample, head, position, element); scale is in powers of two: log2(e) times softmax's."""
     blocks = tl.cdiv(queries, BLOCK_M)
     part, rest = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     b, h = (rest // heads).to(tl.int64), (rest % heads).to(tl.int64)
-    q += b * q_steps[0] + h * q_steps[1]
-    k += b * k_steps[0] + h * k_steps[1]
-    v += b * v_steps[0] + h * v_steps[1]
-    out += b * out_steps[0] + h * out_steps[1]
+    q, k, v, out = here(q, b, h, q_steps), here(k, b, h, k_steps), here(v, b, h, v_steps), here(out, b, h, out_steps)
     if residual is not None:
-        residual += b * residual_steps[0] + h * residual_steps[1]
+        residual = here(residual, b, h, residual_steps)
     m, n = part * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     q0 = load(q, m, tl.arange(0, D0), q_steps[2], q_steps[3], queries, HEAD, D0 <= HEAD)
     q1 = q0
@@ -99,7 +102,8 @@ def attend(
         q1 = load(q, m, D0 + tl.arange(0, D1), q_steps[2], q_steps[3], queries, HEAD, D0 + D1 <= HEAD)
     if SINGLE:
         s = scores(q0, q1, k, n, k_steps, keys, scale, HEAD, D0, D1, UPCAST)
-        p = tl.exp2(s - tl.max(s, 1)[:, None])
+        highest = tl.max(s, 1)
+        p = tl.exp2(s - highest[:, None])
         total = tl.sum(p, 1)
         out0, out1 = weighted(p, v, n, v_steps, keys, HEAD, D0, D1, UPCAST)
     else:
@@ -120,6 +124,8 @@ def attend(
             if D1:
                 out1 = out1 * fade[:, None] + more1
             highest = higher
+    if sums is not None:
+        tl.store(sums + rest.to(tl.int64) * queries + m, highest + tl.log2(total), m < queries)
     store(out0 / total[:, None], residual, out, m, tl.arange(0, D0), residual_steps, out_steps, queries, HEAD, D0 <= HEAD)
     if D1:
         d1 = D0 + tl.arange(0, D1)
@@ -167,16 +173,17 @@ def interpreted() -> bool:
     return not isinstance(attend, triton.JITFunction)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, residual: Tensor | None, scale: float | None) -> Tensor:
-    """softmax(q k^T scale) v + residual, laid out as `attention.like`. The contract is `attention.why_not`."""
+def forward(q: Tensor, k: Tensor, v: Tensor, residual: Tensor | None, scale: float | None) -> tuple[Tensor, Tensor]:
+    """softmax(q k^T scale) v + residual, laid out as `attention.like`; and the sums that `attention.sums_like` makes room for.
+    The contract is `attention.why_not`."""
     batch, heads, queries, head = q.shape
-    keys, out = k.shape[2], like(q)
+    keys, out, sums = k.shape[2], like(q), sums_like(q, True)
     cut = Blocks.of(head, queries, keys)
     grid = (batch * heads * triton.cdiv(queries, cut.block_m),)
     base_two = (head**-0.5 if scale is None else scale) * math.log2(math.e)
     attend[grid](
-        q, k, v, residual, out, base_two, heads, queries, keys, q.stride(), k.stride(), v.stride(),
-        (0, 0, 0, 0) if residual is None else residual.stride(), out.stride(),
+        q, k, v, residual, out, sums if sums.ndim == 3 else None, base_two, heads, queries, keys, q.stride(), k.stride(),
+        v.stride(), (0, 0, 0, 0) if residual is None else residual.stride(), out.stride(),
         UPCAST=interpreted() and q.dtype == torch.bfloat16, **cut.options(head),
     )  # fmt: skip
-    return out
+    return out, sums

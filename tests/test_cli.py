@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 
 import fastdiff as fd
+from fastdiff import variants
 from fastdiff.cli import pictures
 from fastdiff.errors import FastdiffError
 from fastdiff.training.trainer import Trainer
@@ -98,6 +100,18 @@ def test_a_saved_plan_and_adaptive_steps(fastdiff, checkpoint):
     assert (fastdiff.folder / "out/samples/grid.png").exists()
 
 
+def test_variants_of_the_network(fastdiff, checkpoint, monkeypatch):
+    """auto says what it measured; images of another variant are not mixed into a folder of one."""
+    monkeypatch.setattr(variants, "fastest", partial(variants.fastest, seconds=0.0))
+    code, out, err = fastdiff("sample", checkpoint, "--seeds", "0-1", "--nfe", "4", "--variant", "auto", "--out", "o")
+    assert code == 0 and not err and "batch 2: " in out and "plain: " in out and "channels-last: " in out
+    many = ["sample", checkpoint, "-n", "3", "--nfe", "4", "--out", "many"]
+    assert fastdiff(*many, "--variant", "channels-last")[0] == 0
+    assert json.loads((fastdiff.folder / "many" / "images.json").read_text())["variant"] == "channels-last"
+    one_line(*fastdiff(*many), "variant (channels-last -> None)")
+
+
+
 def test_an_unconditional_checkpoint(fastdiff, tmp_path):
     path = tiny.checkpoint(tmp_path / "u.safetensors", tiny.network(num_classes=None, null_class=False))
     code, _, _ = fastdiff("sample", path, "--seeds", "3", "--out", "o")
@@ -139,6 +153,8 @@ MISTAKES = [
     (["--rtol", "0.1"], "--adaptive"),
     (["--adaptive", "--rtol", "-1"], "rtol"),
     (["--adaptive", "--nfe", "5"], "--nfe"),
+    (["--variant", "int8"], "plain, channels-last, bf16"),
+    (["--compile"], "--variant auto"),
     (["--plan", "none.json"], "none.json"),
     (["--plan", "none.json", "--solver", "ddim"], "leave out --solver"),
     (["--device", "gpu"], "--device gpu"),
@@ -281,6 +297,7 @@ def test_info(fastdiff, checkpoint):
     here = found["fastdiff"]
     assert "PIL" in here["installed"] and not set(here["installed"]) & set(here["not installed"])
     reason = "the tensors are on cpu" if not torch.cuda.is_available() else ""
+    assert here["cpu"].startswith(torch.backends.cpu.get_cpu_capability()) and "bfloat16" in here["cpu"]
     assert set(here["kernels"]) == {"group_norm_silu", "attention", "combine"}
     assert all(reason in runs for runs in here["kernels"].values())
     about = found["checkpoint"]

@@ -28,7 +28,8 @@ def closed_form(prediction, x0, eps, alpha, sigma, sigma_data):
         u = sigma / alpha
         skip, out = sigma_data**2 / (u**2 + sigma_data**2), u * sigma_data / (u**2 + sigma_data**2) ** 0.5
         return (x0 - skip * (x0 + u * eps)) / out
-    return {"eps": eps, "x0": x0, "v": alpha * eps - sigma * x0, "flow": eps - x0, "score": -eps / sigma}[prediction]
+    v = alpha * eps - sigma * x0
+    return {"eps": eps, "x0": x0, "v": v, "both": v, "flow": eps - x0, "score": -eps / sigma}[prediction]
 
 
 def input_scale(prediction, alpha, sigma, sigma_data):
@@ -53,7 +54,7 @@ def test_a_perfect_network_gives_x0(prediction, schedule, fractions):
 
     def network(y, c_noise):
         seen.append((y, c_noise))
-        return closed_form(prediction, X0, EPS, alpha, sigma, scale)
+        return torch.cat([X0, EPS], 1) if prediction == "both" else closed_form(prediction, X0, EPS, alpha, sigma, scale)
 
     d = fd.Denoiser(network, s, prediction)(x, t)
     assert d.dtype == torch.float64 and d.shape == x.shape
@@ -72,6 +73,23 @@ def test_target_is_what_the_definition_says(prediction):
         torch.testing.assert_close(ours, closed_form(prediction, X0, EPS, alpha, sigma, 0.7), rtol=1e-12, atol=1e-12)
         c = pred.coefficients(prediction, alpha, sigma, 0.7)
         torch.testing.assert_close(c.c_skip * (alpha * X0 + sigma * EPS) + c.c_out * ours, X0, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("schedule", [fd.schedule.vp_cosine(), fd.schedule.flow(), fd.schedule.ve()], ids=lambda s: s.name)
+def test_both_heads_are_the_papers_combination(schedule):
+    """Heads that contradict each other: (sigma^2 x0 + alpha^2 (x - sigma eps)/alpha) over alpha^2 + sigma^2 (Salimans and Ho
+    2022, section 4), for one time and for one a sample; at full noise the x0 head alone."""
+    s, f = schedule, torch.cat([2 * X0 - 1, EPS + 0.3], 1)
+    den = fd.Denoiser(lambda y, c: f, s, "both")
+    for t in (0.4 * s.t_max, torch.tensor([0.2, 0.4, 0.7], dtype=torch.float64) * s.t_max):
+        alpha, sigma = (column(f(torch.as_tensor(t, dtype=torch.float64))) for f in (s.alpha, s.sigma))
+        by_eps = (X0 - sigma * f[:, X0.shape[1] :]) / alpha
+        want = (sigma**2 * f[:, : X0.shape[1]] + alpha**2 * by_eps) / (alpha**2 + sigma**2)
+        torch.testing.assert_close(den(X0, t), want, rtol=1e-10, atol=1e-10)
+    if float(s.alpha(s.t_max)) == 0.0:
+        torch.testing.assert_close(den(X0, s.t_max), f[:, : X0.shape[1]], rtol=0, atol=1e-12)
+    with pytest.raises(FastdiffError, match="x0 and then eps"):
+        fd.Denoiser(lambda y, c: y, s, "both")(X0, 0.4 * s.t_max)
 
 
 @pytest.mark.parametrize("prediction", ["v", "flow", "x0"])

@@ -73,11 +73,11 @@ def test_edm(tmp_path):
 
 def test_k_diffusion(tmp_path):
     pytest.importorskip("k_diffusion.config", reason="k-diffusion is not installed", exc_type=ImportError)
-    from checkpoints import test_kdiffusion
+    from checkpoints import test_kdiffusion_models as models
 
-    config = test_kdiffusion.CONFIGS["transformer of classes"]
-    model, _ = test_kdiffusion.made(config)
-    images(example("k_diffusion")(test_kdiffusion.saved(tmp_path, model, config)), (2, 3, 8, 8))
+    config = models.CONFIGS["transformer of classes"]
+    model, _ = models.made(config)
+    images(example("k_diffusion")(models.saved(tmp_path, model, config)), (2, 3, 8, 8))
 
 
 def test_onnx_network(tmp_path):

@@ -18,8 +18,12 @@ def network(x, t, class_labels=None):
     return torch.tanh(x * (1 + t.view(-1, 1, 1, 1)) + shift)
 
 
+def twice(x, t):
+    return torch.cat([network(x, t), torch.cos(network(x, t))], 1)
+
+
 def denoiser(prediction="v"):
-    return fd.Denoiser(network, SCHEDULE, prediction, shape=SHAPE)
+    return fd.Denoiser(twice if prediction == "both" else network, SCHEDULE, prediction, shape=SHAPE)
 
 
 def guided(scale=3.0, **options):
@@ -47,7 +51,7 @@ def test_every_solver(name):
         assert len(row.reads) <= INPUTS and len(row.writes) <= OUTPUTS
 
 
-@pytest.mark.parametrize("prediction", ["eps", "x0", "v", "flow", "score", "edm"])
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v", "flow", "score", "edm", "both"])
 def test_every_prediction(prediction):
     den = denoiser(prediction)
     plan = fd.plan("unipc-2", den, 5, grid="uniform_t")

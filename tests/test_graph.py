@@ -129,8 +129,12 @@ GUIDED = {
     "autoguidance": lambda plan: fd.guide.autoguidance(  # two networks of two prediction types: two levels a call
         shifted(0.2), fd.Denoiser(lambda x, t: x * 0.5, every.SCHEDULES["vp_cosine"], "eps", shape=every.SHAPE), 2.0
     ),
+    "both": lambda plan: fd.Denoiser(  # no guidance, but a network of two outputs
+        lambda x, t: torch.cat([torch.tanh(x), torch.cos(x + t.view(-1, 1, 1, 1))], 1), every.SCHEDULES["vp_cosine"], "both",
+        shape=every.SHAPE,
+    ),
 }
-LEVELS_ALONE = ("cfg", "composed", "clip", "autoguidance")  # take nothing else from the time
+LEVELS_ALONE = ("cfg", "composed", "clip", "autoguidance", "both")  # take nothing else from the time
 
 
 @pytest.mark.parametrize("kind", GUIDED)

@@ -20,7 +20,7 @@ LAYERS = [
     {"prediction", "grid", "coeffs"},
     {"plans", "program"}, {"solvers", "reference"}, {"kernels"}, {"ops"},
     {"noise", "denoiser"}, {"fused"}, {"guide", "sampling", "brownian", "pairs"},
-    {"adaptive", "models", "compiled", "graph", "patching"},
+    {"adaptive", "models", "compiled", "graph", "patching", "variants"},
     {"checkpoints"},
     {"metrics"}, {"training", "tasks", "compat"}, {"bench"}, {"distill", "tuning"}, {"export"}, {"cli"}, {"__main__"},
 ]  # fmt: skip

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from .. import guide
+from ..checkpoints.conditions import Conditions
 from ..denoiser import Denoiser
 from ..errors import FastdiffError
 from ..grid import GRIDS
@@ -42,12 +43,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Setup:
-    """What all cells share: seeds first_seed .. first_seed + n - 1, classes in turn, one guidance scale."""
+    """What all cells share: seeds first_seed .. first_seed + n - 1, classes in turn, one guidance scale, the conditions of a
+    file, a row for every seed in turn where it has more than one."""
 
     n: int
     first_seed: int = 0
     guidance: float = 1.0
     batch: int = 128
+    conditions: Conditions | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.n < 2 or self.batch < 1 or self.first_seed < 0:
@@ -67,12 +70,13 @@ class Setup:
         out = []
         for start in range(0, self.n, self.batch):
             stop = min(start + self.batch, self.n)
-            den = denoiser if labels is None else denoiser.bind(class_labels=labels[start:stop].to(denoiser.device))
+            den = denoiser if self.conditions is None else self.conditions.bound(denoiser, range(start, stop))
+            den = den if labels is None else den.bind(class_labels=labels[start:stop].to(denoiser.device))
             out.append((range(self.first_seed + start, self.first_seed + stop), self.guided(den)))
         return out
 
     def guided(self, denoiser: Denoiser) -> Denoiser:
-        """The denoiser under the setup's guidance, a text-conditioned one against the empty prompt."""
+        """The denoiser under the setup's guidance, a conditioned one against its negative conditions or the empty prompt."""
         return denoiser if self.guidance == 1.0 else guide.cfg(denoiser, self.guidance, negative=denoiser.unprompted)
 
 
@@ -89,10 +93,12 @@ def cells(solvers: Sequence[str], grids: Sequence[str] | None, nfes: Sequence[in
 
 
 def tuned_cells(denoiser: Denoiser, setup: Setup) -> list[Cell]:
-    """The plans tuned for this checkpoint and guidance, as one line; and the plan that a student ships with."""
+    """The plans tuned for this checkpoint and guidance, as one line; and those that a student ships with, as another."""
     den = setup.batches(denoiser)[0][1]
-    own = [] if den.plan is None else [Cell("student", "plan", den.plan.nfe, den.plan)]
-    return own + [Cell("tuned", "plan", plan.nfe, plan) for plan in den.tuned if den.why_not(plan) is None]
+    plans = [plan for plan in den.tuned if den.why_not(plan) is None]
+    if den.plan is not None and den.plan not in plans:
+        plans.insert(0, den.plan)
+    return [Cell("tuned" if "tuned_for" in plan.provenance else "student", "plan", plan.nfe, plan) for plan in plans]
 
 
 def quick_cells() -> list[Cell]:

@@ -98,5 +98,5 @@ def samples(record: dict[str, Any], shots: dict[tuple[str, int], np.ndarray], pa
 
 
 def _image(x: np.ndarray) -> np.ndarray:
-    """(C, H, W) -> what imshow takes: (H, W) for one channel, (H, W, 3) for three or more."""
-    return x[0] if len(x) == 1 else np.moveaxis(x[:3], 0, -1)
+    """(C, H, W) -> what imshow takes: (H, W, 3) for three channels or more, else (H, W) of the first."""
+    return x[0] if len(x) < 3 else np.moveaxis(x[:3], 0, -1)

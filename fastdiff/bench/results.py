@@ -33,8 +33,12 @@ def versions() -> dict[str, str]:
         "device": device, "threads": str(torch.get_num_threads()),
     }  # fmt: skip
     here = Path(__file__).resolve().parent
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
-    return found | ({"commit": git.stdout.strip()} if git.returncode == 0 else {})
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        git = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):  # no git, or no checkout
+        return found
+    return found | {"commit": git.stdout.strip()}
 
 
 def _processor() -> str:

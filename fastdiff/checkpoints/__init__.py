@@ -13,7 +13,7 @@ from ..denoiser import Denoiser
 from ..errors import CheckpointError, FastdiffError
 from ..plans import Plan
 from ..shipped import HASHES, SHIPPED, shipped_path
-from . import adm, diffusers, edm, kdiffusion, ldm, native, onnx
+from . import adm, diffusers, edm, kdiffusion, ldm, native, onnx, others
 from .adm import load_classifier
 from .options import Options
 from .weights import CONVERT, Weights, listed, read
@@ -47,6 +47,7 @@ FOLDERS = (
     FolderFormat("a diffusers folder", diffusers.recognise, diffusers.load),
 )
 FILES = (
+    FileFormat("another library's network in fastdiff's own file", others.recognise, others.from_weights),
     FileFormat("fastdiff's own", native.recognise, native.from_weights),
     FileFormat("EDM", edm.recognise, edm.from_weights),
     FileFormat("Stable Diffusion in one file", ldm.recognise, ldm.from_weights),
@@ -61,6 +62,7 @@ def load(
     shape: Sequence[int] | None = None,
     dtype: torch.dtype | None = torch.float32,
     config: Mapping[str, Any] | None = None,
+    like: Denoiser | None = None,
 ) -> Denoiser:
     """The denoiser of a checkpoint: a file, a folder, or a shipped model by its name.
 
@@ -72,17 +74,22 @@ def load(
         shape: (C, H, W) of one sample, where the checkpoint does not say it or another is wanted.
         dtype: of the weights; None = as they are stored.
         config: what a file cannot say of itself (flags, prediction, ...); over the .json of the same name beside the file.
+        like: for a student of a network that no file describes, a denoiser of such a network (its teacher): the student has its
+            class, and the file's weights, prediction and plans.
 
     Raises:
         CheckpointError: nothing there, an unknown layout, a file that is truncated, tampered with or could run code, weights
             that are missing, left over or misshapen.
     """
-    options = Options(None if shape is None else tuple(shape), dtype, config or {})
+    options = Options(None if shape is None else tuple(shape), dtype, config or {}, like)
     if str(path) in SHIPPED:
         return _with_plans(native.load(shipped_path(str(path))), SHIPPED[str(path)])
     path = Path(path)
     try:
-        return _load_path(path, options)
+        loaded = _load_path(path, options)
+        if like is not None and loaded.info.get(others.LAYOUT, {}).get("name") != others.PYTHON:
+            raise CheckpointError(f"{path} says itself what its network is: leave out like=")
+        return loaded
     except FastdiffError as e:
         raise e if path.name in str(e) else CheckpointError(f"{path}: {e}") from e
 
@@ -118,5 +125,6 @@ def _load_file(path: Path, options: Options) -> Denoiser:
 def _with_plans(denoiser: Denoiser, folder: Path) -> Denoiser:
     """The denoiser with the plans tuned for it that lie in `plans/` beside the checkpoint; others there are left alone."""
     found = [Plan.load(path) for path in sorted((folder / PLANS).glob("*.json")) if path.name != HASHES]
-    denoiser.tuned = tuple(plan for plan in found if plan.provenance.get("tuned_for", {}).get("checkpoint") == denoiser.hash)
+    mine = [plan for plan in found if plan.provenance.get("tuned_for", {}).get("checkpoint") == denoiser.hash]
+    denoiser.tuned = (*denoiser.tuned, *mine)
     return denoiser

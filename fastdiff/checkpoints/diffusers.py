@@ -6,6 +6,8 @@ The classes are diffusers' own; reading is ours: configurations are checked, wei
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,12 @@ import torch
 
 from ..denoiser import Denoiser
 from ..errors import CheckpointError
+from . import rewrite
 from .build import build
 from .diffusers_networks import FAMILIES, Decoder
 from .options import Options, needed
 from .process import from_scheduler
-from .weights import Weights, check_values, listed, read, read_json
+from .weights import Weights, check_values, listed, read, read_json, write
 
 INDEX, CONFIG, SCHEDULER = "model_index.json", "config.json", "scheduler_config.json"
 AUTOENCODERS = ("AutoencoderKL", "VQModel", "AutoencoderTiny")
@@ -47,26 +50,51 @@ def load(folder: Path, options: Options) -> Denoiser:
         of = str(index.get("_class_name"))[:60]
         raise CheckpointError(f"{folder / INDEX} ({of}) names no denoiser that is read: {', '.join(FAMILIES)}")
     config = _config(place, DENOISERS)
-    family = FAMILIES[config["_class_name"]]
-    shape = options.shape or family.shape(config)
-    process = from_scheduler(*_scheduler(folder), family.tokens(config, shape))
-    model, weights = _model(place, config, options.dtype)
-    denoiser = Denoiser(
-        family.network(model, family.conditions(config), family.classes(config)), process.schedule, process.prediction,
-        shape, process.time, output=process.output,
-    )  # fmt: skip
-    denoiser.hash = weights.hash
+    weights = read(_weights_file(place))
+    scheduler, where = _scheduler(folder)
+    denoiser = _denoiser(place, config, weights, scheduler, where, options)
     names = index.get("id2label")
-    denoiser.info = {
-        "format": f"diffusers {index.get('_class_name') or config['_class_name']}", "network": dict(config),
-        "class_names": _class_names(names) if isinstance(names, dict) else None, "variance": process.variance,
+    denoiser.info |= {
+        "format": f"diffusers {index.get('_class_name') or config['_class_name']}",
+        "class_names": _class_names(names) if isinstance(names, dict) else None, **weights.training,
     }  # fmt: skip
+    denoiser.write = partial(_write, folder, place, index, where)
     if whole and (autoencoder := _component(folder, index, AUTOENCODERS)) is not None:
         denoiser.decoder = _decoder(autoencoder, options.dtype)
     if whole:
         from .text import encoder
 
         denoiser.encode = encoder(folder, index, denoiser)
+    if denoiser.decoder is None and denoiser.encode is None:  # else the network is not all that there is
+        denoiser.info["layout"] = {"name": "diffusers", "scheduler": scheduler}
+    return denoiser
+
+
+def rebuilt(description: dict[str, Any], weights: Weights, options: Options) -> Denoiser:
+    """The denoiser of a student of such a folder's network, from fastdiff's own file."""
+    needed("diffusers", "networks of diffusers")
+    path = weights.paths[0]
+    options = replace(options, shape=options.shape or tuple(description["shape"]))
+    config = _checked(dict(description["network"]), path, DENOISERS)
+    inner = Weights({name.removeprefix("model."): tensor for name, tensor in weights.tensors.items()}, weights.paths)
+    return _denoiser(path, config, inner, dict(description["layout"]["scheduler"]), path, options)
+
+
+def _denoiser(
+    place: Path, config: dict[str, Any], weights: Weights, scheduler: dict[str, Any], where: Path, options: Options
+) -> Denoiser:
+    """The denoiser of a network's configuration and weights, which `place` holds, and its scheduler's configuration."""
+    family = FAMILIES[config["_class_name"]]
+    shape = options.shape or weights.trained_shape or family.shape(config)
+    process = from_scheduler(scheduler, where, family.tokens(config, shape))
+    model = _model(place, config, weights, options.dtype)
+    denoiser = Denoiser(
+        family.network(model, family.conditions(config), family.classes(config)), process.schedule, process.prediction,
+        shape, process.time, output=process.output,
+    )  # fmt: skip
+    denoiser.hash = weights.hash
+    said = scheduler.get("variance_type")  # "learned" is not "learned_range": a log variance of the network's own
+    denoiser.info = {"network": dict(config), "variance": process.variance, "variance_type": said}
     return denoiser
 
 
@@ -96,15 +124,18 @@ def _component(folder: Path, index: dict[str, Any], classes: Sequence[str]) -> P
 
 def _config(place: Path, classes: Sequence[str]) -> dict[str, Any]:
     """A model's configuration, its class among these and named as diffusers names it today."""
-    config = read_json(place / CONFIG)
+    return _checked(read_json(place / CONFIG), place / CONFIG, classes)
+
+
+def _checked(config: dict[str, Any], where: Path, classes: Sequence[str]) -> dict[str, Any]:
     name = config.get("_class_name")
     if name not in classes:
-        raise CheckpointError(f"{place / CONFIG}: class {str(name)[:60]!r} is not read here; {', '.join(classes)} are")
-    check_values(config, place / CONFIG)
+        raise CheckpointError(f"{where}: class {str(name)[:60]!r} is not read here; {', '.join(classes)} are")
+    check_values(config, where)
     if name == LEGACY:
         if (kind := config.get("norm_type")) not in LEGACY_NORMS:
             known = ", ".join(LEGACY_NORMS)
-            raise CheckpointError(f"{place / CONFIG}: a {LEGACY} with norm_type {str(kind)[:60]!r} is not read; {known} are")
+            raise CheckpointError(f"{where}: a {LEGACY} with norm_type {str(kind)[:60]!r} is not read; {known} are")
         config["_class_name"] = LEGACY_NORMS[kind]
     return config
 
@@ -120,12 +151,22 @@ def _scheduler(folder: Path) -> tuple[dict[str, Any], Path]:
     )
 
 
-def _model(place: Path, config: dict[str, Any], dtype: torch.dtype | None) -> tuple[torch.nn.Module, Weights]:
-    """The model of a folder, in diffusers' own class, with the folder's weights."""
+def _write(folder: Path, place: Path, index: dict[str, Any], scheduler: Path, out: Path, network: Any, training: Any) -> None:
+    """The folder again, with a trained network: a pipeline stays a pipeline."""
+    named = [name for name, entry in index.items() if isinstance(entry, list) and name == Path(name).name != ".."]
+    parts = [folder / name for name in named]
+    others = [file for part in parts if part != place and part.is_dir() for file in sorted(part.rglob("*")) if file.is_file()]
+    for file in (*others, *([folder / INDEX] if index else []), place / CONFIG, scheduler):
+        rewrite.keep(file, out / (file.relative_to(folder) if file.is_relative_to(folder) else file.name))
+    target = out / place.relative_to(folder) / f"{STEM}.safetensors"
+    write(target, network.model.state_dict(), {"format": "pt", **rewrite.record(training)})
+
+
+def _model(place: Path, config: dict[str, Any], weights: Weights, dtype: torch.dtype | None) -> torch.nn.Module:
+    """The model of a folder, in diffusers' own class, with these weights."""
     import diffusers
 
     cls = getattr(diffusers, str(config["_class_name"]))
-    weights = read(_weights_file(place))
     where = place / CONFIG
 
     def make() -> torch.nn.Module:
@@ -134,7 +175,7 @@ def _model(place: Path, config: dict[str, Any], dtype: torch.dtype | None) -> tu
             raise CheckpointError(f"{where}: {config['_class_name']} has no setting {listed(lost)}; a newer diffusers may")
         return model
 
-    return build(make, _renamed(weights.tensors), place, dtype), weights
+    return build(make, _renamed(weights.tensors), place, dtype)
 
 
 def _renamed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -161,4 +202,4 @@ def _weights_file(place: Path) -> Path:
 
 
 def _decoder(place: Path, dtype: torch.dtype | None) -> Decoder:
-    return Decoder(_model(place, _config(place, AUTOENCODERS), dtype)[0])
+    return Decoder(_model(place, _config(place, AUTOENCODERS), read(_weights_file(place)), dtype))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -15,14 +16,22 @@ from ..errors import CheckpointError, FastdiffError
 Config = Mapping[str, Any]
 Classes = tuple[int, bool] | None  # rows of the class embedding, and whether the last stands for "no class"
 Shape = tuple[int, ...]
+Row = tuple[int | None, ...]  # the shape of what one sample is conditioned on; None = any length
+Rows = dict[str, Row]  # by the name that the network takes it under; a part of a mapping as mapping.part
+MASK = "encoder_attention_mask"
 
 
 class Network(nn.Module):
-    """One of diffusers' denoisers. Conditions of batch 1 serve every sample of a batch."""
+    """One of diffusers' denoisers. Conditions of batch 1 serve every sample of a batch.
 
-    def __init__(self, model: nn.Module, conditions: tuple[str, ...] = (), classes: Classes = None) -> None:
+    `takes` names every condition that it must be given and the shape of a row, `may_take` those it does without.
+    """
+
+    def __init__(self, model: nn.Module, takes: Rows | None = None, classes: Classes = None) -> None:
         super().__init__()
-        self.model, self.conditions = model, conditions
+        self.model, self.takes = model, takes or {}
+        self.may_take: Rows = {MASK: (None,)} if MASK in inspect.signature(model.forward).parameters else {}
+        self.conditions = tuple(dict.fromkeys(name.partition(".")[0] for name in self.takes))
         rows, has_null = classes or (None, False)
         self.config = SimpleNamespace(num_classes=rows)
         self.null_label = rows - 1 if rows and has_null else None
@@ -32,7 +41,8 @@ class Network(nn.Module):
         if missing := [name for name in self.conditions if name not in cond]:
             raise FastdiffError(
                 f"this network is conditioned on {', '.join(self.conditions)}: bind {', '.join(missing)} first "
-                "(den.bind(...); den.encode([prompt]) makes text conditions where the checkpoint has its encoders)"
+                "(den.bind(...), or --condition FILE on the command line; den.encode([prompt]) makes text conditions where the "
+                "checkpoint has its encoders)"
             )
         cond = {name: _for_batch(value, len(x), x) for name, value in cond.items()}
         return self.call(x, t.round().long() if self.whole_times else t, cond)
@@ -94,7 +104,7 @@ class Family:
     """What is particular about one of diffusers' classes, as functions of its configuration."""
 
     shape: Callable[[Config], Shape | None]
-    conditions: Callable[[Config], tuple[str, ...]]
+    conditions: Callable[[Config], Rows]
     classes: Callable[[Config], Classes] = lambda config: None
     network: type[Network] = Network
     patch: int = 1
@@ -127,13 +137,32 @@ def _flux_shape(config: Config) -> Shape:
     return int(config.get("in_channels", 64)) // 4, 128, 128  # 1024 x 1024 pixels: the pipeline's default size
 
 
-def _unet_conditions(config: Config) -> tuple[str, ...]:
-    return ("class_labels",) if config.get("num_class_embeds") or config.get("class_embed_type") else ()
+ADDED: dict[str, dict[str, Row]] = {  # what each addition_embed_type is told beside the text
+    "text_time": {"text_embeds": (None,), "time_ids": (None,)}, "image": {"image_embeds": (None,)},
+    "text_image": {"text_embeds": (None,), "image_embeds": (None,)},
+    "image_hint": {"image_embeds": (None,), "hint": (None, None, None)},
+}  # fmt: skip
 
 
-def _text_unet_conditions(config: Config) -> tuple[str, ...]:
-    added = ("added_cond_kwargs",) if config.get("addition_embed_type") else ()
-    return ("encoder_hidden_states", *_unet_conditions(config), *added)
+def _width(value: Any) -> int | None:
+    """Of a configuration's number; None where blocks differ in it."""
+    return value if isinstance(value, int) else None
+
+
+def _added(parts: Mapping[str, Row]) -> Rows:
+    return {f"added_cond_kwargs.{name}": row for name, row in parts.items()}
+
+
+def _unet_conditions(config: Config) -> Rows:
+    kind = config.get("class_embed_type")
+    if not kind or kind == "timestep":  # a number
+        return {"class_labels": ()} if kind or config.get("num_class_embeds") else {}
+    return {"class_labels": (_width(config.get("projection_class_embeddings_input_dim")),)}
+
+
+def _text_unet_conditions(config: Config) -> Rows:
+    text = {"encoder_hidden_states": (None, _width(config.get("encoder_hid_dim") or config.get("cross_attention_dim")))}
+    return {**text, **_unet_conditions(config), **_added(ADDED.get(str(config.get("addition_embed_type")), {}))}
 
 
 def _rows(config: Config) -> Classes:
@@ -141,25 +170,29 @@ def _rows(config: Config) -> Classes:
     return (int(count), False) if isinstance(count, int) and count and not config.get("class_embed_type") else None
 
 
-def _pixart_conditions(config: Config) -> tuple[str, ...]:
+def _pixart_conditions(config: Config) -> Rows:
     given = config.get("use_additional_conditions")
     added = config.get("sample_size") == 128 if given is None else given
-    return ("encoder_hidden_states", *(("added_cond_kwargs",) if added else ()))
+    text = {"encoder_hidden_states": (None, _width(config.get("caption_channels") or config.get("cross_attention_dim")))}
+    return {**text, **(_added({"resolution": (2,), "aspect_ratio": (1,)}) if added else {})}
 
 
-def _sd3_conditions(config: Config) -> tuple[str, ...]:
-    return "encoder_hidden_states", "pooled_projections"
+def _sd3_conditions(config: Config) -> Rows:
+    return {
+        "encoder_hidden_states": (None, _width(config.get("joint_attention_dim"))),
+        "pooled_projections": (_width(config.get("pooled_projection_dim")),),
+    }
 
 
-def _flux_conditions(config: Config) -> tuple[str, ...]:
-    return (*_sd3_conditions(config), *(("guidance",) if config.get("guidance_embeds") else ()))
+def _flux_conditions(config: Config) -> Rows:
+    return {**_sd3_conditions(config), **({"guidance": ()} if config.get("guidance_embeds") else {})}
 
 
 def _dit_rows(config: Config) -> Classes:
     return int(config.get("num_embeds_ada_norm") or 1000) + 1, True  # its embedding has a row more, for "no class"
 
 
-DIT = Family(_square, lambda config: ("class_labels",), _dit_rows)
+DIT = Family(_square, lambda config: {"class_labels": ()}, _dit_rows)
 PIXART = Family(_square, _pixart_conditions)
 FAMILIES: dict[str, Family] = {
     "UNet2DModel": Family(_square, _unet_conditions, _rows),

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..denoiser import Denoiser, first_tensor
 from ..errors import CheckpointError
 from ..models.edm import EDMUNet
 from ..schedule import edm, namespace, ve, vp_from_alphas_cumprod, vp_linear
+from . import rewrite
 from .build import build
 from .options import Options
 from .process import Process
@@ -73,22 +77,47 @@ def from_weights(weights: Weights, options: Options) -> Denoiser:
         CheckpointError: an unknown preconditioning or setting, blocks that make no network.
     """
     path = weights.paths[0]
-    kind, process = _process(weights, options, path)
+    kind, settings = _wrapper(weights, options, path)
+    levels = weights.tensors.get(LEVELS)
     tensors = weights.below("model.")
+    denoiser = _denoiser(weights, tensors, options, kind, settings, None if levels is None else levels.tolist())
+    denoiser.write = partial(rewrite.in_file, path, {name: f"model.{name}" for name in tensors}, options.described(path))
+    return denoiser
+
+
+def rebuilt(description: dict[str, Any], weights: Weights, options: Options) -> Denoiser:
+    """The denoiser of a student of such a network, from fastdiff's own file."""
+    said = description["layout"]
+    options = replace(options, shape=options.shape or tuple(description["shape"]))
+    return _denoiser(weights, weights.tensors, options, said["class_name"], said["settings"], said["levels"])
+
+
+def _denoiser(
+    weights: Weights, tensors: dict[str, Tensor], options: Options, kind: str, settings: Settings, levels: list[float] | None
+) -> Denoiser:
+    path, wrapper = weights.paths[0], KINDS[kind]
+    table = None if levels is None else torch.tensor(levels, dtype=torch.float64)
+    try:
+        process = wrapper.process({**wrapper.settings, **settings}, table)
+    except ValueError as e:  # a schedule refuses its numbers
+        raise CheckpointError(f"{path}: {kind}: {e}") from e
     shapes = {name: tuple(t.shape) for name, t in tensors.items()}
     network: nn.Module = build(lambda: EDMUNet(shapes), tensors, path, options.dtype)
     assert isinstance(network, EDMUNet)
     channels = next(shape[1] for name, shape in shapes.items() if name.endswith("_conv.weight") and name.startswith("enc."))
-    shape = options.shape or (channels, network.side, network.side)
+    shape = options.shape or weights.trained_shape or (channels, network.side, network.side)
     denoiser = Denoiser(network, process.schedule, process.prediction, shape, process.time, output=process.output)
     denoiser.hash = weights.hash
     form = "ADM" if not network.song else "NCSN++" if hasattr(network, "map_noise") else "DDPM++"
-    denoiser.info = {"format": f"EDM, {form}" if kind == "EDMPrecond" else f"EDM, {form}, {kind}"}
+    layout = {"name": "EDM", "class_name": kind, "settings": dict(settings), "levels": levels}
+    denoiser.info = {
+        "format": f"EDM, {form}" if kind == "EDMPrecond" else f"EDM, {form}, {kind}", "layout": layout, **weights.training,
+    }  # fmt: skip
     return denoiser
 
 
-def _process(weights: Weights, options: Options, path: Path) -> tuple[str, Process]:
-    """The wrapper's class and the process that its settings describe."""
+def _wrapper(weights: Weights, options: Options, path: Path) -> tuple[str, Settings]:
+    """The wrapper's class and what is said of its settings."""
     said = {**options.described(path)}
     kind = str(said.pop("class_name", weights.metadata.get("class_name", "iDDPMPrecond" if LEVELS in weights.tensors
                                                            else "EDMPrecond")))  # fmt: skip
@@ -103,7 +132,4 @@ def _process(weights: Weights, options: Options, path: Path) -> tuple[str, Proce
         raise CheckpointError(f"{path}: settings {listed(unknown)} are not known of a {kind}; {known} are")
     if not all(isinstance(v, int | float) for v in said.values()):
         raise CheckpointError(f"{path}: {', '.join(said)} must be numbers")
-    try:
-        return kind, KINDS[kind].process({**settings, **said}, weights.tensors.get(LEVELS))
-    except ValueError as e:  # a schedule refuses its numbers
-        raise CheckpointError(f"{path}: {kind}: {e}") from e
+    return kind, said

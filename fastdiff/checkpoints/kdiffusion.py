@@ -8,23 +8,33 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..denoiser import Denoiser
 from ..errors import CheckpointError
 from ..schedule import edm
-from . import native
+from . import native, rewrite
 from .build import build
-from .diffusers_networks import Network
+from .diffusers_networks import Network, Rows
 from .options import Options, needed
-from .weights import Weights, check_values
+from .weights import Weights, check_values, write
 
 NAMES = ({"timestep_embed.weight", "mapping.0.weight"}, {"time_emb.weight", "aug_emb.weight"})  # U-Nets, transformers
-INPUTS = {"mapping_cond_dim": ("mapping_cond",), "unet_cond_dim": ("unet_cond",),
-          "cross_cond_dim": ("cross_cond", "cross_cond_padding")}  # fmt: skip
+
+
+def _takes(said: Mapping[str, Any], classes: int) -> Rows:
+    """What a model of this configuration is conditioned on."""
+    mapping, image, text = (said.get(f"{name}_cond_dim") for name in ("mapping", "unet", "cross"))
+    return {
+        **({"mapping_cond": (mapping,)} if mapping else {}), **({"unet_cond": (image, None, None)} if image else {}),
+        **({"cross_cond": (None, text), "cross_cond_padding": (None,)} if text else {}),
+        **({"class_labels": ()} if classes else {}),
+    }  # fmt: skip
 
 
 class KDiffusionNetwork(Network):
@@ -52,18 +62,25 @@ def from_weights(weights: Weights, options: Options) -> Denoiser:
         whole = library.load_config(config)
         said, classes = whole["model"], whole["dataset"]["num_classes"]
         model = build(lambda: library.make_model(whole), weights.tensors, path, options.dtype)
-        shape = options.shape or (said["input_channels"], *said["input_size"])
-        conditions = [name for dim, names in INPUTS.items() if said.get(dim) for name in names]
-        network = KDiffusionNetwork(
-            model, (*conditions, *(("class_labels",) if classes else ())), (classes + 1, True) if classes else None
-        )  # the row after the last class is train.py's "no class"
+        shape = options.shape or weights.trained_shape or (said["input_channels"], *said["input_size"])
+        # the row after the last class is train.py's "no class"
+        network = KDiffusionNetwork(model, _takes(said, classes), (classes + 1, True) if classes else None)
         schedule = edm(said["sigma_min"], said["sigma_max"], said["sigma_data"])
         return Denoiser(network, schedule, "edm", shape, time=lambda t: t)
 
     denoiser = native.guarded(path, make)
     denoiser.hash = weights.hash
-    denoiser.info = {"format": f"k-diffusion, {config['model'].get('type')}", "network": dict(config["model"])}
+    denoiser.info = {
+        "format": f"k-diffusion, {config['model'].get('type')}", "network": dict(config["model"]), **weights.training,
+    }  # fmt: skip
+    denoiser.write = partial(_write, config)
     return denoiser
+
+
+def _write(config: Mapping[str, Any], out: Path, network: nn.Module, training: Mapping[str, Any]) -> None:
+    """As convert_for_inference.py does: the model's weights under their own names, its configuration in the file."""
+    assert isinstance(network, KDiffusionNetwork)
+    write(out / rewrite.FILE, network.model.state_dict(), {"config": json.dumps(config), **rewrite.record(training)})
 
 
 def _config(weights: Weights, options: Options, path: Path) -> dict[str, Any]:

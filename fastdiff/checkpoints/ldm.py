@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 from ..denoiser import Denoiser
 from ..errors import CheckpointError
 from ..prediction import check_prediction
+from . import rewrite
 from .build import build
-from .diffusers_networks import Decoder, Network
+from .diffusers_networks import FAMILIES, Decoder, Network
 from .options import Options, needed
 from .process import betas, from_betas
 from .weights import Weights, listed
@@ -45,7 +47,7 @@ def recognise(weights: Weights) -> bool:
 
 
 def from_weights(weights: Weights, options: Options) -> Denoiser:
-    """The denoiser of the file's U-Net, its autoencoder as decoder where the file has one; text conditions are bound by hand.
+    """The denoiser of the file's U-Net, its autoencoder as decoder where the file has one; text conditions are bound.
 
     Raises:
         CheckpointError: tensors of other parts, a U-Net of another kind, a v2 file that does not say what it predicts.
@@ -68,12 +70,14 @@ def from_weights(weights: Weights, options: Options) -> Denoiser:
     side = 128 if config.get("addition_embed_type") else 96 if prediction == "v" else 64
     schedule = from_betas(betas("scaled_linear", 0.00085, 0.012, 1000))
     denoiser = Denoiser(
-        Network(model, ("encoder_hidden_states", *(("added_cond_kwargs",) if config.get("addition_embed_type") else ()))),
+        Network(model, FAMILIES["UNet2DConditionModel"].conditions(config)),
         schedule.zero_terminal_snr() if "ztsnr" in weights.tensors else schedule, prediction,
-        options.shape or (config["in_channels"], side, side),
+        options.shape or weights.trained_shape or (config["in_channels"], side, side),
     )  # fmt: skip
     denoiser.hash = weights.hash
-    denoiser.info = {"format": "Stable Diffusion, one file", "network": config}
+    denoiser.info = {"format": "Stable Diffusion, one file", "network": config, **weights.training}
+    names = {f"model.{unet_name(name, config['layers_per_block'])}": UNET + name for name in tensors}
+    denoiser.write = partial(rewrite.in_file, path, names, said)
     encoded = {k: v for k, v in weights.below(VAE).items() if not k.startswith("loss.")}
     if encoded:
         denoiser.decoder = _decoder(encoded, _scaling(weights, said, config), options, path)

@@ -8,17 +8,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import save_file
 
 from ..denoiser import Denoiser, Network
 from ..errors import CheckpointError, FastdiffError
-from ..files import atomic
 from ..models import UNet, UNetConfig
 from ..plans import Plan
 from ..schedule import from_config
 from .build import build
 from .options import Options
-from .weights import Weights, read
+from .weights import Weights, read, write
 
 FORMAT = 1
 T = TypeVar("T")
@@ -27,9 +25,7 @@ METADATA = "fastdiff"  # the description's name in the file's metadata
 
 def save(path: str | Path, weights: dict[str, torch.Tensor], description: dict[str, Any]) -> None:
     """Writes weights and description {network, schedule, prediction, time_scale, data_range, shape, ...} atomically."""
-    metadata = {METADATA: json.dumps({"format": FORMAT, **description}, sort_keys=True)}
-    with atomic(path) as temporary:
-        save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, temporary, metadata=metadata)
+    write(path, weights, {METADATA: json.dumps({"format": FORMAT, **description}, sort_keys=True)})
 
 
 def recognise(weights: Weights) -> bool:
@@ -48,8 +44,8 @@ def load(path: str | Path) -> Denoiser:
     return from_weights(weights, Options())
 
 
-def from_weights(weights: Weights, options: Options) -> Denoiser:
-    """The denoiser of weights whose metadata hold the description that `save` wrote."""
+def described(weights: Weights) -> dict[str, Any]:
+    """The description in a file's metadata."""
     path = weights.paths[0]
     try:
         description = json.loads(weights.metadata[METADATA])
@@ -58,6 +54,12 @@ def from_weights(weights: Weights, options: Options) -> Denoiser:
     found = description.get("format") if isinstance(description, dict) else None
     if found != FORMAT:
         raise CheckpointError(f"{path} has format {found!r}; this version reads format {FORMAT}")
+    return description
+
+
+def from_weights(weights: Weights, options: Options) -> Denoiser:
+    """The denoiser of weights whose metadata hold the description that `save` wrote."""
+    path, description = weights.paths[0], described(weights)
     denoiser = describe(path, description, lambda config: build(lambda: UNet(config), weights.tensors, path, options.dtype))
     denoiser.hash = weights.hash
     return denoiser
@@ -107,6 +109,12 @@ def assemble(network: Network, schedule: Any, description: dict[str, Any]) -> De
         data_range=tuple(description["data_range"]),
     )
     denoiser.info = description
+    attach_plans(denoiser, description)
+    return denoiser
+
+
+def attach_plans(denoiser: Denoiser, description: dict[str, Any]) -> None:
+    """The plans that a student ships with."""
     if description.get("plan"):
         denoiser.plan = Plan.from_json(description["plan"])
-    return denoiser
+    denoiser.tuned = tuple(Plan.from_json(text) for text in description.get("plans", ()))

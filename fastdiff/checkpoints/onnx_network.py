@@ -49,6 +49,10 @@ class OnnxNetwork:
             )
         own = {name: ours for ours, name in names.items()} | {x: "x", t: "t"}
         self.names = {own.get(name, name): name for name in self.inputs}
+        self.takes = {  # as diffusers_networks.Rows
+            ours: tuple(side if isinstance(side, int) else None for side in self.inputs[name].shape[1:])
+            for ours, name in self.names.items() if ours not in ("x", "t")
+        }  # fmt: skip
         self.batch, *sides = self.inputs[x].shape
         self.shape: tuple[int | str, ...] = tuple(sides)  # of one sample; text where any length will do
         self.config = SimpleNamespace(num_classes=None)

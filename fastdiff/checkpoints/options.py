@@ -10,17 +10,20 @@ from typing import Any
 
 import torch
 
+from ..denoiser import Denoiser
 from ..errors import CheckpointError
 from .weights import read_json
 
 
 @dataclass(frozen=True)
 class Options:
-    """shape: of one sample, where the checkpoint leaves it open; dtype: of the weights, None = as stored; config: `described`."""
+    """shape: of one sample, where the checkpoint leaves it open; dtype: of the weights, None = as stored; config: `described`;
+    like: a denoiser of the same network, where no file describes it."""
 
     shape: tuple[int, ...] | None = None
     dtype: torch.dtype | None = torch.float32
     config: Mapping[str, Any] = field(default_factory=dict)
+    like: Denoiser | None = None
 
     def described(self, path: Path) -> dict[str, Any]:
         """What is said of a file that cannot say it: `config`, over the JSON of the same name beside the file."""

@@ -1,4 +1,4 @@
-"""Weights on disk -> named tensors: memory-mapped where the file allows it, no code run, nothing dropped.
+"""Weights on disk <-> named tensors: memory-mapped where the file allows it, no code run, nothing dropped.
 
 Files come from strangers. Everything a file declares (sizes, shapes, names of other files) is checked before it is used, so a
 malformed one costs one line of message, not memory or time.
@@ -19,16 +19,18 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..files import sha256
+from ..files import atomic, sha256
 
 LARGEST_JSON = 16 << 20  # bytes: the index of the largest sharded model known has 0.2 MB
 LARGEST_PICKLE = 64 << 20  # bytes of structure (names, shapes) inside a torch file; Stable Diffusion's has 0.4 MB
 ZIP, BEFORE_ZIP = b"PK\x03\x04", b"\x80\x02"  # how torch's files begin: since 1.6, and before (pickles and raw storages)
 LARGEST_NUMBER = 1_000_000  # in a configuration: sizes and counts; the largest in use are vocabularies of 250,000
 MOST_TENSORS = 100_000
+TRAINING = "fastdiff_training"  # in a file's metadata
 CONVERT = "`fastdiff convert FILE --trust-pickle` reads it in a process of its own, if you trust where it comes from"
 
 
@@ -45,6 +47,28 @@ class Weights:
         """sha256 of the file; of the files' digests where there are several."""
         digests = [sha256(path) for path in self.paths]
         return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """{"training": what `fastdiff train` wrote of its run into the file}; empty for any other file."""
+        if TRAINING not in self.metadata:
+            return {}
+        try:
+            found = json.loads(self.metadata[TRAINING])
+            shape = found["shape"]
+            known = len(shape) == 3 and all(isinstance(side, int) and side > 0 for side in shape)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            known = False
+        if not known:
+            raise CheckpointError(f"{self.paths[0]}: what it says of its training is damaged")
+        check_values(shape, self.paths[0], "shape")
+        return {"training": found}
+
+    @property
+    def trained_shape(self) -> tuple[int, ...] | None:
+        """Of one sample that `fastdiff train` trained on; None where it did not."""
+        training = self.training
+        return tuple(training["training"]["shape"]) if training else None
 
     def below(self, *prefixes: str) -> dict[str, Tensor]:
         """The tensors whose names begin with the first of these prefixes that any name begins with, without it."""
@@ -100,6 +124,25 @@ def read(path: Path) -> Weights:
     for name, t in tensors.items():
         _check_tensor(path, name, t)
     return Weights(tensors, (path,), metadata)
+
+
+def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """A .safetensors file, which appears whole or not at all; the same content is the same bytes."""
+    with atomic(path) as temporary:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata=metadata)
+        if len(metadata) > 1:  # the library writes them in the order of a hash table, another one each time
+            _sort_metadata(temporary)
+
+
+def _sort_metadata(path: Path) -> None:
+    with open(path, "rb+") as f:
+        size = struct.unpack("<Q", f.read(8))[0]
+        header = json.loads(f.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:  # as compact as the library's own, but for what a stranger may have put into it
+            f.seek(8)
+            f.write(text.ljust(size))
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

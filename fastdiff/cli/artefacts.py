@@ -135,10 +135,21 @@ def card(denoiser: Denoiser, out: Path) -> None:
         parameters=sum(p.numel() for p in denoiser.network.parameters()),  # type: ignore[attr-defined]
         schedule=json.dumps(denoiser.schedule.config()), prediction=denoiser.prediction,
         network=json.dumps(training["network"]), rows="\n".join(rows), rmse=f"{record['rmse']:.4f}",
-        accuracy=f"{record['anchors']['10000']['class_accuracy']:.1%}", **record["sampler"],
+        accuracy=f"{record['anchors']['10000']['class_accuracy']:.1%}", **record["sampler"], **trained(training),
         **{k: training[k] for k in ("steps", "batch", "lr", "seed")},
     )  # fmt: skip
     files.write_text(FASHION_MNIST / "README.md", text)
+
+
+def trained(training: dict[str, Any]) -> dict[str, str]:
+    """Where and how a checkpoint was trained: the machine, further options, and what became of `--steps`."""
+    if "device" not in training:
+        begun = "The run was begun with a larger `--steps` and resumed with this one"
+        return {"machine": "two CPU cores", "how": "--threads 1", "begun": begun}
+    how = f"--warmup {training['warmup']} --ema {training['ema']} --time-scale {training['time_scale']:g} --device cuda"
+    begun = "`benches/gpu.sh --only train` set `--steps` by the time that it had"
+    return {"machine": f"one {training['device']}", "how": how + " --bf16" * training["bf16"], "begun": begun}
+
 
 
 def students(denoiser: Denoiser, what: str, data: Path | None, work: Path, out: Path) -> None:
@@ -165,12 +176,12 @@ A U-Net of {parameters:,} parameters in the ADM form, prediction `{prediction}`,
 sha256 of model.safetensors: `{sha}`
 
 Trained with fastdiff's own command on {images:,} images drawn from the 60,000 training images of Fashion-MNIST (MIT licence,
-beside this file; sha256 of the .npz `{data}`), on two CPU cores:
+beside this file; sha256 of the .npz `{data}`), on {machine}:
 
-    fastdiff train --data fashion_mnist.npz --out runs/fm --steps {steps} --batch {batch} --lr {lr} --seed {seed} --threads 1 \\
+    fastdiff train --data fashion_mnist.npz --out runs/fm --steps {steps} --batch {batch} --lr {lr} --seed {seed} {how} \\
         --network '{network}'
 
-The run was begun with a larger `--steps` and resumed with this one (a resume may change it, and the learning rate then falls to
+{begun} (a resume may change it, and the learning rate then falls to
 0 at the new end), so the command alone gives a model like this one, not these bits. Settings: `{settings}`.
 
 ## Figures

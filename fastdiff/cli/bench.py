@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .console import CHECKPOINT_HELP, console, progress_bar, say
+from .console import CHECKPOINT_HELP, CONDITION_HELP, console, progress_bar, say
 
 if TYPE_CHECKING:
     from ..bench import Bench, Cell, Setup
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ..denoiser import Denoiser
 
 Checkpoint = Annotated[str, typer.Argument(help=CHECKPOINT_HELP)]
+AGAIN = 2048  # images that the full preset measures the best lines with
 BEST = 1  # lines per NFE that the full preset measures again with 2,048 images, at few calls, where they still differ
 FEW = 10
 
@@ -25,9 +26,10 @@ def bench(
     solvers: Annotated[str, typer.Option(help="comma-separated solvers instead of the preset's")] = "",
     grids: Annotated[str, typer.Option(help="comma-separated grids for them; default: each one's recommended grid")] = "",
     nfe: Annotated[str, typer.Option(help="comma-separated budgets for them")] = "5,8,10,20",
-    n: Annotated[int, typer.Option(help="images a cell; 0 = the preset's")] = 0,
+    n: Annotated[int, typer.Option("--n", "-n", help="images a cell; 0 = the preset's")] = 0,
     guidance: Annotated[float, typer.Option(help="classifier-free guidance scale; 1 = none")] = 1.0,
     prompt: Annotated[str | None, typer.Option(help="for a text-conditioned checkpoint; default the empty one")] = None,
+    condition: Annotated[Path | None, typer.Option(help=CONDITION_HELP)] = None,
     plan: Annotated[list[Path] | None, typer.Option(help="a saved plan to measure too (may be given more than once)")] = None,
     force: Annotated[bool, typer.Option("--force", help="measure plans tuned for another checkpoint or guidance")] = False,
     first_seed: Annotated[int, typer.Option(min=0)] = 0,
@@ -45,8 +47,9 @@ def bench(
     from ..bench.scoring import InceptionScorer, scorer_for
     from ..checkpoints import load
     from ..errors import FastdiffError
+    from .methods import latent
     from .plans import load_plan
-    from .requests import prompted
+    from .requests import conditioned
 
     need_matplotlib()
     if preset not in ("quick", "full"):
@@ -60,18 +63,23 @@ def bench(
         chosen = cells(names, _names(grids) or None, _numbers(nfe))
     else:
         chosen = quick_cells() if preset == "quick" else full_cells()
-    denoiser = prompted(load(checkpoint), prompt)
+    count = n or (128 if preset == "quick" else 256)
+    denoiser, conditions = conditioned(load(checkpoint), prompt, condition, AGAIN if preset == "full" and not n else count)
+    if inception and latent(denoiser):
+        raise FastdiffError(f"--inception judges images; samples of {denoiser.shape} are latents that nothing decodes here")
+    if denoiser.step_counts and not (solvers or grids):
+        chosen = [cell for cell in chosen if cell.nfe in denoiser.step_counts]  # the others such a student refuses
     for path in plan or ():
         saved = load_plan(path, denoiser, guidance, force)
         chosen.append(Cell(path.stem, "plan", saved.nfe, saved))
     scorer = InceptionScorer(inception, data) if inception and data else scorer_for(denoiser)
-    setup = Setup(n or (128 if preset == "quick" else 256), first_seed, guidance, batch)
+    setup = Setup(count, first_seed, guidance, batch, conditions)
     if not (solvers or grids):
         chosen += tuned_cells(denoiser, setup)
     measured = measure(denoiser, chosen, setup, out, scorer, compile=compile)
     if preset == "full" and not n:
-        console.print(f"\nthe best {BEST} of each NFE again, with 2,048 images")
-        again = Setup(2048, first_seed, guidance, batch)
+        console.print(f"\nthe best {BEST} of each NFE again, with {AGAIN:,} images")
+        again = Setup(AGAIN, first_seed, guidance, batch, conditions)
         measure(denoiser, best(measured, chosen), again, out / "n2048", scorer, compile=compile)
 
 

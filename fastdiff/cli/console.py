@@ -9,6 +9,8 @@ console = Console()
 errors = Console(stderr=True)
 CHECKPOINT_HELP = "a checkpoint's file or folder (README: what is read), or a shipped model"
 
+CONDITION_HELP = "what a network without its text encoders is told: .safetensors, tensors by the network's names for them"
+
 
 def say(line: str) -> None:
     """A line of result, as it is: not wrapped, and brackets in a path are no markup."""

@@ -21,7 +21,7 @@ def distill(
     out: Annotated[Path, typer.Option(help="run folder: model.safetensors (the latest finished stage), state.pt, loss.png")],
     teacher: Annotated[str, typer.Argument(help=CHECKPOINT_HELP)] = "fashion-mnist",
     method: Annotated[str, typer.Option(help="progressive, guided, trajectory, consistency or ect")] = "progressive",
-    steps: Annotated[int, typer.Option(min=1, help="network calls of the student")] = 4,
+    steps: Annotated[str, typer.Option(help="network calls of the student; trajectory: several too, such as 1,2,4")] = "4",
     start: Annotated[int | None, typer.Option(help="progressive, guided: first steps, --steps times a power of two")] = None,
     updates: Annotated[int | None, typer.Option(min=1, help="optimiser steps of each stage")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="images an update, all processes and parts together")] = None,
@@ -38,7 +38,7 @@ def distill(
     data: Annotated[Path | None, typer.Option(help=".npz or folder of images, where the method needs them")] = None,
     lora: Annotated[int, typer.Option(min=0, help="rank of a LoRA student (peft), saved merged and as an adapter; 0 = full")] = 0,
     network: Annotated[str | None, typer.Option(help='U-Net settings of another student, such as {"model_channels": 32}')] = None,
-    prediction: Annotated[str | None, typer.Option(help="of the student: v or x0; else what the teacher predicts")] = None,
+    prediction: Annotated[str | None, typer.Option(help="of the student: v, x0 or both; else what the teacher predicts")] = None,
     match_updates: Annotated[int | None, typer.Option(min=1, help="of its first stage: to predict what the teacher does")] = None,
     match_lr: Annotated[float | None, typer.Option(help="learning rate of that stage")] = None,
     accumulate: Annotated[int, typer.Option(min=1, help="parts of a batch on each process: less memory")] = 1,
@@ -62,7 +62,7 @@ def distill(
 
     if threads:
         torch.set_num_threads(threads)
-    given = {"steps": steps, "start": start, "updates": updates, "batch": batch, "lr": lr, "solver": solver, "calls": calls,
+    given = {**parse_steps(steps), "start": start, "updates": updates, "batch": batch, "lr": lr, "solver": solver, "calls": calls,
              "weighting": weighting, "scales": parse_scales(scales), "segments": segments, "inner": inner, "self_ema": self_ema,
              "ema": ema, "phases": phases}  # fmt: skip
     changes = None if network is None else parse_settings("--network", network)
@@ -75,7 +75,15 @@ def distill(
     follow(run, View(run, view_every, view_n) if view_every and run.world.first else None, save_every)
     if run.world.first:
         plot_losses(run.losses, out / "loss.png")
-        say(f"{out / 'model.safetensors'}: {method}, {run.stages[-1].steps} network calls; `fastdiff sample {out}` runs it")
+        say(f"{out / 'model.safetensors'}: {method}, {summary(run)}")
+
+
+def summary(run: Distiller) -> str:
+    """How many calls the student takes, and what runs it."""
+    last = run.stages[-1]
+    *fewer, most = [plan.nfe for plan in run.method.plans(last, run.source.schedule)] or [last.steps]
+    calls, wish = (f"{', '.join(map(str, fewer))} or {most}", " --nfe N") if fewer else (str(most), "")
+    return f"{calls} network calls; `fastdiff sample {run.out}{wish}` runs it"
 
 
 def follow(run: Distiller, view: View | None, save_every: float) -> None:
@@ -98,6 +106,21 @@ def follow(run: Distiller, view: View | None, save_every: float) -> None:
         run.run(show, save_every)
     if view is not None:
         say(f"{view.finish()} has the curves, teacher and student side by side")
+
+
+def parse_steps(text: str) -> dict[str, Any]:
+    """ "4" -> the setting steps; "1,2,4" -> the setting counts.
+
+    Raises:
+        FastdiffError: not whole numbers; how large they may be is the method's to say.
+    """
+    from ..errors import FastdiffError
+
+    try:
+        counts = tuple(int(part) for part in text.split(","))
+    except ValueError as e:
+        raise FastdiffError(f"--steps takes a whole number, or several such as 1,2,4; given {text!r}") from e
+    return {"steps": counts[0]} if len(counts) == 1 else {"counts": counts}
 
 
 def parse_scales(text: str | None) -> tuple[float, float] | None:
@@ -132,7 +155,8 @@ def make_method(name: str, settings: dict[str, Any]) -> Method:
         raise FastdiffError(f"--method must be one of {', '.join(METHODS)}; given {name!r}")
     settings = {k: v for k, v in settings.items() if v is not None}
     known = {f.name for f in dataclasses.fields(METHODS[name]) if not f.name.startswith("_")}  # type: ignore[arg-type]
-    if unknown := ["--" + k.replace("_", "-") for k in settings if k not in known]:
+    names = {"counts": "--steps of several numbers"}
+    if unknown := [names.get(k, "--" + k.replace("_", "-")) for k in settings if k not in known]:
         raise FastdiffError(f"method {name} has no setting {', '.join(unknown)}; leave it out")
     return METHODS[name](**settings)
 

@@ -154,8 +154,9 @@ def student_record(teacher: Denoiser, method: Method, data: Images | None, work:
     for path in finished.values():
         student = load(path)
         assert student.plan is not None
-        rows.append({"line": method.name, **figures.row(student, student.plan, SEEDS)})
-        console.print(f"{method.name}, {student.plan.nfe} calls: {path.name}", highlight=False)
+        for own in student.tuned or (student.plan,):
+            rows.append({"line": method.name, **figures.row(student, own, SEEDS)})
+            console.print(f"{method.name}, {own.nfe} calls: {path.name}", highlight=False)
         if getattr(student.network, "guidance_range", None) is not None:
             rows += guided_rows(figures, student, student.plan)
     record = {

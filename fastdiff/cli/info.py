@@ -72,6 +72,7 @@ def _environment() -> dict[str, Any]:
 
     from .. import __version__, ops
     from ..checkpoints import SHIPPED
+    from ..variants import has_bf16
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     present = {name: find_spec(name) is not None for name in OPTIONAL}  # asked for, never imported
@@ -80,6 +81,7 @@ def _environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
+        "cpu": f"{torch.backends.cpu.get_cpu_capability()}, {'with' if has_bf16() else 'without'} instructions for bfloat16",
         "cuda": [torch.cuda.get_device_name(i) for i in range(count)],
         "kernels": ops.backends(),
         "installed": [name for name, here in present.items() if here],
@@ -92,6 +94,7 @@ def _checkpoint(name: str) -> dict[str, Any]:
     from torch.nn import Module
 
     from ..checkpoints import load
+    from ..checkpoints.conditions import wanted
     from ..models.unet import count_parameters
     from .requests import class_names
 
@@ -108,9 +111,11 @@ def _checkpoint(name: str) -> dict[str, Any]:
         "classes": list(class_names(denoiser, name)),
         "decoder": None if denoiser.decoder is None else str(getattr(denoiser.decoder, "name", "yes")),
         "prompts": denoiser.encode is not None,
-        "plan": None if denoiser.plan is None else denoiser.plan.name,
+        "conditions": list(wanted(denoiser)),
+        "plan": None if denoiser.plan is None else f"{denoiser.plan.name}, {denoiser.plan.nfe} calls",
+        "step counts": list(denoiser.step_counts),
         "network": _short(denoiser.info.get("network")),
-        "training": denoiser.info.get("training"),
+        "training": _short(denoiser.info.get("training")),
         "sha256": denoiser.hash,
     }
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .console import say
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..checkpoints.conditions import Conditions
     from ..denoiser import Denoiser
     from ..plans import Plan
     from ..streaming import Request
@@ -59,23 +60,43 @@ def by_adaptive_steps(rtol: float | None, atol: float | None) -> Method:
     return Method(f"adaptive, rtol {control.rtol:g}, atol {control.atol:g}", identity, run)
 
 
+class Made(NamedTuple):
+    """Of a batch: images (B, 1 or 3, H, W) uint8 on the CPU, network calls of each, latents where nothing decodes them."""
+
+    images: Tensor
+    calls: list[int]
+    latents: Tensor | None
+
+
 @dataclass(frozen=True)
 class Maker:
-    """Makes a batch of requests: images (B, C, H, W) uint8 on the CPU, and the network calls of each."""
+    """Makes a batch of requests; `rows` says which of the conditions belong to a seed, where each has its own."""
 
     denoiser: Denoiser
     method: Method
     guidance: float
+    conditions: Conditions | None = None
+    rows: Mapping[int, int] = field(default_factory=dict)
 
-    def __call__(self, part: list[Request]) -> tuple[Tensor, list[int]]:
+    def __call__(self, part: list[Request]) -> Made:
         import torch
 
         from ..guide import cfg
 
         bound = self.denoiser
+        if self.conditions is not None and self.rows:
+            bound = self.conditions.bound(bound, [self.rows[r.seed] for r in part])
         if part[0].label is not None:
             bound = bound.bind(class_labels=torch.tensor([r.label for r in part], device=bound.device))
         if self.guidance != 1.0:
             bound = cfg(bound, self.guidance, negative=bound.unprompted)
         x, calls = self.method.run(bound, [r.seed for r in part])
-        return (self.denoiser.images(x) * 255).round().to("cpu", torch.uint8), calls
+        images = (self.denoiser.images(x) * 255).round().to("cpu", torch.uint8)
+        if latent(self.denoiser):
+            return Made(images[:, : 3 if images.shape[1] > 3 else 1], calls, x.float().cpu())
+        return Made(images, calls, None)
+
+
+def latent(denoiser: Denoiser) -> bool:
+    """Whether samples have other channels than a picture, and nothing decodes them."""
+    return denoiser.decoder is None and denoiser.shape is not None and denoiser.shape[0] not in (1, 3)

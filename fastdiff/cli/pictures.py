@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import math
 import os
+from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,8 +67,10 @@ def png(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def write_pictures(out: Path, images: dict[str, Tensor], scale: int, columns: int | None) -> None:
-    """Writes each (C, H, W) uint8 image under its name, and grid.png. After a failure none of the new files is left.
+def write_pictures(
+    out: Path, images: dict[str, Tensor], scale: int, columns: int | None, more: Mapping[str, bytes] | None = None
+) -> None:
+    """Writes each (C, H, W) uint8 image under its name, grid.png, and `more`. After a failure none of the new files is left.
 
     Raises:
         FastdiffError: the folder cannot be written, or is full.
@@ -74,11 +78,12 @@ def write_pictures(out: Path, images: dict[str, Tensor], scale: int, columns: in
     enlarged = [image.permute(1, 2, 0).numpy().repeat(scale, 0).repeat(scale, 1) for image in images.values()]
     made_folder, new = not out.exists(), []
     try:
-        for name, image in (*zip(images, enlarged, strict=True), ("grid.png", sheet(enlarged, columns))):
+        pictures = (*zip(images, enlarged, strict=True), ("grid.png", sheet(enlarged, columns)))
+        for name, data in chain((more or {}).items(), ((name, png(image)) for name, image in pictures)):
             path = out / name
             if not path.exists():
                 new.append(path)
-            write_bytes(path, png(image))
+            write_bytes(path, data)
     except BaseException:
         for path in new:
             path.unlink(missing_ok=True)

@@ -5,14 +5,18 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import FastdiffError
+from ..parallel import World
 from ..streaming import Request
+from .console import say
 
 if TYPE_CHECKING:
     import torch
 
+    from ..checkpoints.conditions import Conditions
     from ..denoiser import Denoiser
 
 MOST = 100_000  # all images of a sheet are held in memory, and a range is easily mistyped; -n streams any number
@@ -63,6 +67,50 @@ def prompted(denoiser: Denoiser, prompt: str | None) -> Denoiser:
             raise FastdiffError("this checkpoint has no text encoders: leave out --prompt")
         return denoiser
     return denoiser.bind(**denoiser.encode([prompt or ""]))
+
+
+def conditioned(denoiser: Denoiser, prompt: str | None, path: Path | None, count: int) -> tuple[Denoiser, Conditions | None]:
+    """A denoiser with its prompt bound, or with the first of `count` samples' conditions of a file, which come along.
+
+    Raises:
+        FastdiffError: both asked for; a file that does not fit the network.
+    """
+    from ..checkpoints.conditions import read_conditions, tried
+
+    if path is None:
+        return prompted(denoiser, prompt), None
+    if prompt is not None:
+        raise FastdiffError("--prompt and --condition both say what the network is told: leave out one of them")
+    found = read_conditions(path, denoiser, count)
+    bound = found.bound(denoiser, [0])
+    if bound.shape is not None:
+        tried(bound)
+    return bound, found
+
+
+def varied(denoiser: Denoiser, name: str, compile: bool, batch: int, world: World) -> tuple[Denoiser, dict[str, str]]:
+    """The denoiser in the variant asked for, and what tells its images from torch's default's: their bits differ. "auto" measures
+    and says what it saw.
+
+    Raises:
+        FastdiffError: no such variant, or one that does not go here.
+    """
+    from ..variants import PLAIN, VARIANTS, fastest
+
+    if compile and name != "auto":
+        raise FastdiffError("--compile only acts with --variant auto: add it, or take --variant compiled")
+    if name == "auto" and world.size > 1:
+        raise FastdiffError("--variant auto asks one process: under torchrun name the variant that they share")
+    if name == "auto":
+        denoiser, report = fastest(denoiser, batch, compile=compile)
+        for line in report.lines:
+            say(line)
+        name = report.chosen
+    elif name in VARIANTS:
+        denoiser = VARIANTS[name].of(denoiser)
+    else:
+        raise FastdiffError(f"--variant is auto or one of {', '.join(VARIANTS)}; given {name!r}")
+    return denoiser, {} if name == PLAIN.name else {"variant": name}
 
 
 def parse_classes(text: str | None, names: tuple[str, ...]) -> list[int] | None:

@@ -12,10 +12,10 @@ import typer
 from ..errors import FastdiffError
 from ..parallel import World, join
 from ..streaming import Batches, Layout, Npz, Pictures, Request, Stream, Work
-from .console import CHECKPOINT_HELP, progress_bar, say
-from .methods import Maker, by_adaptive_steps, by_plan
+from .console import CHECKPOINT_HELP, CONDITION_HELP, progress_bar, say
+from .methods import Made, Maker, by_adaptive_steps, by_plan, latent
 from .pictures import check_folder, import_pillow, png, write_pictures
-from .requests import check_device, class_names, in_turn, parse_classes, parse_seeds, prompted, requests
+from .requests import check_device, class_names, conditioned, in_turn, parse_classes, parse_seeds, requests, varied
 
 if TYPE_CHECKING:
     from ..denoiser import Denoiser
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 SOLVER, NFE = "unipc-2", 10  # the solver where only a grid or an end is given
 SEEDS, SHARD = "0-15", 256
+LATENTS = "latents.safetensors"  # x (n, C, H, W) and seed (n,), of a checkpoint without an autoencoder
 LAYOUTS: dict[str, Layout] = {"npz": Npz(), "png": Pictures(png)}
 BATCH = {"cpu": 64, "cuda": 256}  # where a batch of this size does not fit in memory, it is halved
 
@@ -40,6 +41,7 @@ def sample(
         str | None, typer.Option(help="numbers, names or all: every seed in each; default: seed mod number of classes")
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="for a text-conditioned checkpoint; guidance: against ''")] = None,
+    condition: Annotated[Path | None, typer.Option(help=CONDITION_HELP)] = None,
     force: Annotated[bool, typer.Option("--force", help="use a plan tuned for another checkpoint or guidance")] = False,
     guidance: Annotated[float, typer.Option(min=0, help="classifier-free guidance scale; 1 = none")] = 1.0,
     out: Annotated[Path, typer.Option(help="folder for the pictures")] = Path("out/samples"),
@@ -52,6 +54,8 @@ def sample(
     atol: Annotated[float | None, typer.Option(help="absolute tolerance of --adaptive; default 0.01")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default cuda where there is one")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="torch threads")] = None,
+    variant: Annotated[str, typer.Option(help="how the network runs: plain, auto (measured, CPU), bf16, ...")] = "plain",
+    compile: Annotated[bool, typer.Option("--compile", help="of --variant auto: try torch.compile too")] = False,
 ) -> None:
     """Sample images: one PNG for each seed and class, and grid.png with all of them; with -n any number, also under torchrun."""
     import torch
@@ -64,22 +68,25 @@ def sample(
     fixed = {"--solver": solver, "--nfe": nfe, "--grid": grid, "--end": end}
     check_together(fixed, {"--rtol": rtol, "--atol": atol}, plan, adaptive)
     check_kind(n, {"--seeds": seeds, "--scale": scale}, {"--format": layout, "--shard": shard})
-    if n is None or layout == "png":
-        import_pillow()
     numbers = parse_seeds(SEEDS if seeds is None else seeds)
     world = World() if n is None else join()
     where = check_device(device or world.device)
-    denoiser = prompted(load(checkpoint).to(where), prompt)
+    denoiser, conditions = conditioned(load(checkpoint).to(where), prompt, condition, n or len(numbers))
     names = class_names(denoiser, checkpoint)
     labels = parse_classes(classes, names)
-    _check_network(denoiser, guidance)
+    _check_network(denoiser, guidance, n)
     method = by_adaptive_steps(rtol, atol) if adaptive else by_plan(chosen_plan(denoiser, plan, fixed, guidance, force))
-    make, size = Maker(denoiser, method, guidance), batch or BATCH.get(where.type, BATCH["cuda"])
+    size = batch or BATCH.get(where.type, BATCH["cuda"])
+    most = min(size, n or len(numbers) * len(labels or [0])) * (1 if guidance == 1.0 else 2)
+    denoiser, how = varied(denoiser, variant, compile, most, world)
+    rows = {} if conditions is None else conditions.places(range(n) if n else numbers)
+    make = Maker(denoiser, method, guidance, conditions, rows)
     if n is None:
         columns = None if classes is None else len(numbers)
         _draw(out, make, requests(numbers, labels, names), size, scale or 1, columns)
     else:
-        about = {"checkpoint": denoiser.hash or checkpoint, "guidance": guidance, "prompt": prompt, "classes": labels}
+        about = {"checkpoint": denoiser.hash or checkpoint, "guidance": guidance, "prompt": prompt, "classes": labels, **how}
+        about |= {} if conditions is None else {"condition": conditions.hash}
         work = Work(n, shard or SHARD, LAYOUTS[layout or "npz"], partial(in_turn, classes=labels, names=names),
                     method.identity | about)  # fmt: skip
         _stream(out, make, work, size, world)
@@ -88,18 +95,23 @@ def sample(
 def _draw(out: Path, make: Maker, wanted: list[Request], size: int, scale: int, columns: int | None) -> None:
     """A sheet of pictures; nothing is written before all are made."""
     import torch
+    from safetensors.torch import save
 
     began = time.perf_counter()
-    images, calls = [], []
+    made: list[Made] = []
     with progress_bar() as bar:
         task = bar.add_task(make.method.title, total=len(wanted))
-        for made, each in Batches(make, size, say)(wanted):
-            images.append(made)
-            calls += each
-            bar.advance(task, len(each))
+        for batch in Batches(make, size, say)(wanted):
+            made.append(batch)
+            bar.advance(task, len(batch.calls))
     seconds = time.perf_counter() - began
-    write_pictures(out, {r.file_name: image for r, image in zip(wanted, torch.cat(images), strict=True)}, scale, columns)
+    images, calls = torch.cat([batch.images for batch in made]), [n for batch in made for n in batch.calls]
+    latents = [batch.latents for batch in made if batch.latents is not None]
+    more = {LATENTS: save({"x": torch.cat(latents), "seed": torch.tensor([r.seed for r in wanted])})} if latents else {}
+    write_pictures(out, {r.file_name: image for r, image in zip(wanted, images, strict=True)}, scale, columns, more)
     mean = sum(calls) / len(calls)
+    if latents:
+        say(f"no autoencoder decodes these latents: they are in {out / LATENTS}, and the pictures show their first channels")
     say(
         f"{make.method.title}, guidance {make.guidance:g}: {mean:g} network calls a sample, {len(wanted)} samples "
         f"in {seconds:.2f} s on {make.denoiser.device} -> {out / 'grid.png'}"
@@ -114,7 +126,7 @@ def _stream(out: Path, make: Maker, work: Work, size: int, world: World) -> None
         say(f"{out} holds {work.count - stream.lacking} of {work.count} images already")
     with progress_bar(world.first) as bar:
         task = bar.add_task(make.method.title, total=stream.assigned)
-        for more in stream.run(Batches(lambda part: make(part)[0], size, say)):
+        for more in stream.run(Batches(lambda part: make(part).images, size, say)):
             bar.advance(task, more)
     if world.first:
         say(
@@ -124,7 +136,7 @@ def _stream(out: Path, make: Maker, work: Work, size: int, world: World) -> None
 
 
 def check_kind(n: int | None, alone: dict[str, Any], many: dict[str, Any]) -> None:
-    """-n and a sheet of pictures each have options that the other would ignore; --format is a known one."""
+    """-n and a sheet of pictures each have options that the other would ignore; --format is a known one; pictures need pillow."""
     given = [name for name, value in (many if n is None else alone).items() if value is not None]
     if given and n is None:
         raise FastdiffError(f"{', '.join(given)} only acts with -n: add it, or leave out {', '.join(given)}")
@@ -132,6 +144,8 @@ def check_kind(n: int | None, alone: dict[str, Any], many: dict[str, Any]) -> No
         raise FastdiffError(f"-n streams seeds 0 to n - 1 as they are: leave out {', '.join(given)}, or leave out -n")
     if n is not None and (many["--format"] or "npz") not in LAYOUTS:
         raise FastdiffError(f"--format must be one of {', '.join(LAYOUTS)}; given {many['--format']!r}")
+    if n is None or many["--format"] == "png":
+        import_pillow()
 
 
 def check_together(
@@ -148,18 +162,21 @@ def check_together(
         raise FastdiffError(f"{', '.join(idle)} only acts with --adaptive: add it, or leave out {', '.join(idle)}")
 
 
-def _check_network(denoiser: Denoiser, guidance: float) -> None:
-    if denoiser.shape is None or len(denoiser.shape) != 3 or not (denoiser.decoder or denoiser.shape[0] in (1, 3)):
-        raise FastdiffError(f"pictures need samples of shape (1 or 3, H, W); this checkpoint makes {denoiser.shape}")
+def _check_network(denoiser: Denoiser, guidance: float, n: int | None) -> None:
+    if denoiser.shape is None or len(denoiser.shape) != 3:
+        raise FastdiffError(f"pictures need samples of shape (C, H, W); this checkpoint makes {denoiser.shape}")
+    if n is not None and latent(denoiser):
+        raise FastdiffError(f"-n streams images; samples of {denoiser.shape} are latents that nothing decodes here: leave out -n")
     check_guidance(denoiser, guidance)
 
 
 def check_guidance(denoiser: Denoiser, guidance: float) -> None:
-    """Refuses guidance of a network without a null class."""
-    if guidance != 1.0 and denoiser.encode is None and getattr(denoiser.network, "null_label", None) is None:
+    """Refuses guidance with nothing to lead away from."""
+    null = getattr(denoiser.network, "null_label", None)
+    if guidance != 1.0 and denoiser.encode is None and denoiser.contrast is None and null is None:
         raise FastdiffError(
-            f"--guidance {guidance:g} needs a network with a null class (trained with label dropout); this one has "
-            "none: leave --guidance at 1"
+            f"--guidance {guidance:g} needs a network with a null class (trained with label dropout), a pipeline with text "
+            "encoders, or negative.NAME tensors in the file of --condition; here is none: leave --guidance at 1"
         )
 
 

@@ -1,4 +1,4 @@
-"""`fastdiff train`: a checkpoint from images."""
+"""`fastdiff train`: a checkpoint from images, new or going on from one."""
 
 from __future__ import annotations
 
@@ -8,23 +8,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import progress_bar, say
+from .console import CONDITION_HELP, progress_bar, say
 from .pictures import check_folder
 from .running import interrupts, plot_losses
 
 if TYPE_CHECKING:
+    import torch
+
+    from ..checkpoints.conditions import Conditions
+    from ..denoiser import Denoiser
+    from ..training.data import Images
     from ..training.trainer import Trainer
 
 
 def train(
-    data: Annotated[Path, typer.Option(help=".npz with x/x_train and y/y_train, or a folder of images")],
-    out: Annotated[Path, typer.Option(help="run folder: model.safetensors (EMA), state.pt, loss.png")],
+    data: Annotated[Path, typer.Option(help=".npz with x/x_train (or latents) and y/y_train, or a folder of images")],
+    out: Annotated[Path, typer.Option(help="run folder: a checkpoint (EMA), state.pt, loss.png")],
     steps: Annotated[int, typer.Option(min=1, help="optimiser steps in all; a resumed run may change it")] = 5000,
     batch: Annotated[int, typer.Option(min=1, help="images of a step, of all processes together")] = 64,
     lr: Annotated[float, typer.Option(help="peak learning rate; falls linearly to 0")] = 5e-4,
     warmup: Annotated[int, typer.Option(min=0)] = 200,
     schedule: Annotated[str, typer.Option(help='name, or JSON such as {"name": "flow", "shift": 3}')] = "vp_cosine",
-    prediction: Annotated[str, typer.Option(help="eps, x0, v, flow, score or edm")] = "v",
+    prediction: Annotated[str, typer.Option(help="eps, x0, v, flow, score, edm or both (x0 and eps)")] = "v",
     weighting: Annotated[str, typer.Option(help="simple, edm or min_snr")] = "simple",
     times: Annotated[str, typer.Option(help="uniform, lognormal or logit_normal")] = "uniform",
     time_scale: Annotated[float, typer.Option(help="the network gets time_scale * t; 0 = t (edm: log-noise)")] = 1000.0,
@@ -39,17 +44,22 @@ def train(
     source: Annotated[
         str | None, typer.Option("--from", help="a checkpoint to go on from: its network, schedule, prediction and time")
     ] = None,
+    condition: Annotated[Path | None, typer.Option(help=f"of --from, 1 row or one an image: {CONDITION_HELP}")] = None,
     size: Annotated[int | None, typer.Option(min=1, help="crop and resize a folder's images to this side")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="torch threads; exact resuming needs the same")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default cuda where there is one")] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="run the network through torch.compile")] = False,
     save_every: Annotated[float, typer.Option(help="seconds between checkpoints")] = 60.0,
 ) -> None:
-    """Train a U-Net, under torchrun on several processes; the same command goes on where an interrupted run stopped."""
+    """Train a U-Net, or the network of --from, also under torchrun; the same command goes on where an interrupted run stopped."""
     import torch
 
-    from ..checkpoints import load
     from ..errors import FastdiffError
+    from ..parallel import join
+    from ..training.config import TrainConfig, continuing
     from ..training.data import load_images
-    from ..training.trainer import TrainConfig, Trainer, continuing
+    from ..training.trainer import Trainer
+    from .requests import check_device
 
     if threads:
         torch.set_num_threads(threads)
@@ -62,16 +72,39 @@ def train(
     check_folder(out)
     if source is not None and network_config:
         raise FastdiffError("--from brings its network: leave out --network")
-    start = None if source is None else load(source)
+    images = load_images(data, size, latents=True)
+    where = check_device(device or join().device)
+    start, conditions = beginning(source, condition, images, out, where)
     if start is not None:
-        config = continuing(config, start)
-    trainer = Trainer(config, load_images(data, size), out, start)
+        config = continuing(config, start, conditions)
+    trainer = Trainer(config, images, out, start, conditions, where)
     if trainer.step and trainer.world.first:
         say(f"resuming {out} at step {trainer.step} of {steps}")
+    if compile:
+        trainer.compile()
     run(trainer, save_every)
     if trainer.world.first:
         plot_losses(trainer.losses, out / "loss.png")
-        say(f"{out / 'model.safetensors'}: {trainer.step} steps, {trainer.step * batch} images")
+        written = out / "model.safetensors" if (out / "model.safetensors").exists() else out
+        say(f"{written}: {trainer.step} steps, {trainer.step * batch} images")
+
+
+def beginning(
+    source: str | None, condition: Path | None, images: Images, out: Path, where: torch.device
+) -> tuple[Denoiser | None, Conditions | None]:
+    """The checkpoint to go on from, for samples of the images' shape, and what its network is told of each image."""
+    from ..checkpoints import load
+    from ..checkpoints.conditions import read_conditions
+    from ..errors import FastdiffError
+
+    if source is None:
+        if condition is not None:
+            raise FastdiffError("--condition belongs to the network of --from: add it, or leave out --condition")
+        return None, None
+    if Path(source).resolve() in (out.resolve(), (out / "model.safetensors").resolve()):
+        raise FastdiffError(f"--out {out} is the checkpoint of --from, which would be overwritten: choose another folder")
+    start = load(source, shape=images.x.shape[1:]).to(where)
+    return start, None if condition is None else read_conditions(condition, start, len(images.x), "image")
 
 
 def run(trainer: Trainer, save_every: float) -> None:
@@ -79,6 +112,8 @@ def run(trainer: Trainer, save_every: float) -> None:
     from ..training.trainer import Progress
 
     steps = trainer.config.steps
+    if trainer.step and trainer.world.first:
+        say(f"resuming {trainer.out} at step {trainer.step} of {steps}")
     with progress_bar(trainer.world.first) as bar, interrupts() as interrupted:
         task = bar.add_task("train", total=steps, completed=trainer.step)
 

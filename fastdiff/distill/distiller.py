@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints import native
+from ..checkpoints import load, native, others
 from ..denoiser import Denoiser
 from ..errors import FastdiffError
 from ..files import write_bytes
@@ -26,7 +26,7 @@ from ..training.skips import Skips
 from . import lora
 from .match import Match
 from .method import Batch, Method, Stage
-from .students import check_data, frozen, student_network, with_network
+from .students import check_data, fingerprint, frozen, own_format, student_network
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ class Distiller:
     """Turns a teacher into a student of fewer steps; `run()` goes to the end, saving `model.safetensors` and `state.pt`.
 
     Args:
-        teacher: a denoiser of our own format; its network is copied for the student, and kept in eval mode (and sharded where
-            the student is).
+        teacher: any denoiser around a torch module; its network is copied for the student, and kept in eval mode (and sharded
+            where the student is). The student of a network that no file describes is loaded with `fd.load(out, like=teacher)`.
         data: images, where the method needs them; labels are drawn evenly where there are none to take.
         out: the run's folder.
 
@@ -85,19 +85,20 @@ class Distiller:
         self.method, self.out, self.data, self.settings = method, out, data, settings or Settings()
         self.source, self.stages = teacher, method.stages()
         network = self._new_student()
+        assert isinstance(teacher.network, nn.Module)
+        self.fingerprint = teacher.hash or fingerprint(teacher.network)
         check_data(teacher, method, data)
         self.world = join(self.settings.sharded)
         self.parts = self.settings.accumulate * self.world.size
         _check_parts(self.stages, self.parts)
-        for stage in self.stages:
-            method.plan(stage, teacher.schedule)  # now rather than at the stage's end
+        for stage in self.stages:  # now rather than at the stage's end
+            method.plan(stage, teacher.schedule), method.plans(stage, teacher.schedule)
         self.network = network
         self.averages = {name: spread(frozen(copy.deepcopy(network)), self.world) for name in method.averages()}
-        assert isinstance(teacher.network, nn.Module)
-        self.teacher = with_network(teacher, spread(frozen(teacher.network), self.world))
+        self.teacher = teacher.with_network(spread(frozen(teacher.network), self.world))
         self._wrapped = wrap(network, self.world)  # the student's gradients, shared between processes
-        self.student = with_network(teacher, self._wrapped, method.prediction(teacher))
-        self.target = with_network(self.student, self.averages.get("target", network))
+        self.student = teacher.with_network(self._wrapped, method.prediction(teacher))
+        self.target = self.student.with_network(self.averages.get("target", network))
         self.stage = self.update = 0
         self.skips = Skips()
         self.losses: list[float] = []
@@ -123,13 +124,21 @@ class Distiller:
     def _new_student(self) -> nn.Module:
         """The student as it is before the first update."""
         network = student_network(self.source, self.method)
-        network.checkpointing = self.settings.checkpointing
-        if not self.settings.lora:
+        s = self.settings
+        if not own_format(self.source):
+            asked = {"LoRA": s.lora, "checkpointing": s.checkpointing, "shards of weights": s.sharded}
+            if refused := [name for name, on in asked.items() if on]:
+                raise FastdiffError(f"{', '.join(refused)}: of fastdiff's own U-Net alone; leave it out for a network of another "
+                                    "library")  # fmt: skip
+            return network
+        assert isinstance(network, UNet)
+        network.checkpointing = s.checkpointing
+        if not s.lora:
             return network
         if isinstance(self.method, Match):
             raise FastdiffError("a LoRA student is its teacher's own weights and a term beside them: leave out --network and "
                                 "--prediction, or --lora")  # fmt: skip
-        return lora.adapt(network, self.settings.lora)
+        return lora.adapt(network, s.lora)
 
     def run(self, callback: Callable[[Progress], None] | None = None, save_every: float = 60.0) -> Denoiser:
         """Trains to the end of the last stage; an exception saves the updates done. Returns the student with its plan."""
@@ -155,7 +164,7 @@ class Distiller:
             if images and not self.finished and (stopped or not self.world.sharded):
                 self.save()
         self.world.wait()
-        return native.load(self.out / "model.safetensors")
+        return load(self.out / "model.safetensors", like=self.source if others.by_class(self.source) else None)
 
     def step(self, stage: Stage) -> float:
         """One update, on the material that (seed, stage, update) and the number of parts determine."""
@@ -180,7 +189,8 @@ class Distiller:
         batch = self._batch(stage, part)
         bound: dict[str, Any] = {} if batch.labels is None else {"class_labels": batch.labels}
         scale: dict[str, Any] = {} if batch.scales is None else {"guidance": batch.scales}
-        student, target = (d.bind(**bound, **scale) for d in (self.student, self.target))
+        count: dict[str, Any] = {} if batch.steps is None else {"steps": batch.steps}
+        student, target = (d.bind(**bound, **scale, **count) for d in (self.student, self.target))
         takes = getattr(self.teacher.network, "guidance_range", None) is not None
         teacher = self.teacher.bind(**bound, **(scale if takes else {}))
         with torch.autocast(batch.noise.device.type, torch.bfloat16, enabled=self.settings.bf16):
@@ -205,7 +215,9 @@ class Distiller:
         span = getattr(self.network, "guidance_range", None)
         if span is not None:
             scales = span[0] + (span[1] - span[0]) * torch.rand(n, generator=generator)
-        return Batch(x0, noise, labels, generator, scales)
+        # in turn, and the same on every process: with shares of weights all must call the network equally often
+        counts = getattr(self.network, "step_counts", ())
+        return Batch(x0, noise, labels, generator, scales, counts[number % len(counts)] if counts else None)
 
     @torch.no_grad()
     def _update_averages(self) -> None:
@@ -226,7 +238,7 @@ class Distiller:
         """Writes the stage's model, makes it the teacher where the method says so, and begins the next."""
         student = self._in_one_piece(self.saved_network)
         if self.world.first:
-            description, weights = self._description(stage), self._merged(student).state_dict()
+            description, weights = self._description(stage), others.weights_of(self._merged(student))
             native.save(self.out / f"stage-{self.stage + 1}-steps-{stage.steps}.safetensors", weights, description)
             native.save(self.out / "model.safetensors", weights, description)
             if self.settings.lora:
@@ -251,26 +263,36 @@ class Distiller:
 
     def _teach_with(self, weights: dict[str, Tensor]) -> None:
         """A student's weights become the teacher."""
-        network = UNet(self.network.config)  # type: ignore[arg-type]
+        network = self._another()
         network.load_state_dict(weights)
-        self.teacher = with_network(self.student, spread(frozen(network), self.world))
+        self.teacher = self.student.with_network(spread(frozen(network), self.world))
         self._taught = True
+
+    def _another(self) -> nn.Module:
+        """A network like the student's, for other weights."""
+        if own_format(self.source):
+            return UNet(self.network.config)  # type: ignore[arg-type]
+        assert isinstance(self.source.network, nn.Module)
+        return copy.deepcopy(self.source.network)
 
     def _description(self, stage: Stage) -> dict[str, Any]:
         training = self.source.info.get("training", {})
         about = {**self._identity(), "steps": stage.steps, "updates_done": sum(s.updates for s in self.stages[: self.stage + 1])}
         kept = {k: v for k, v in training.items() if k == "data_sha256"}
+        own = own_format(self.source)
+        network = {"network": self.network.config.asdict()} if own else others.described(self.source)  # type: ignore[operator, union-attr]
         return {
             **{k: v for k, v in self.source.info.items() if k != "format"}, "training": {**kept, "distilled": about},
-            "network": self.network.config.asdict(), "prediction": self.student.prediction,  # type: ignore[operator, union-attr]
+            **network, "prediction": self.student.prediction,
             "plan": self.method.plan(stage, self.source.schedule).to_json(),
+            "plans": [plan.to_json() for plan in self.method.plans(stage, self.source.schedule)],
         }  # fmt: skip
 
     def _identity(self) -> dict[str, Any]:
         """What another run would not share."""
         how = {k: v for k, v in asdict(self.settings).items() if k not in ("accumulate", "sharded")}
         return {
-            "method": self.method.name, **self.method.settings(), **how, "parts": self.parts, "teacher": self.source.hash,
+            "method": self.method.name, **self.method.settings(), **how, "parts": self.parts, "teacher": self.fingerprint,
             "data_sha256": self.data.digest if self.data else None,
         }  # fmt: skip
 

@@ -45,6 +45,9 @@ class Guided(Progressive):
             raise FastdiffError("this teacher takes the guidance scale as an input already: use --method progressive")
         return dataclasses.replace(config, guidance_range=self.scales)
 
+    def adds(self) -> str:
+        return "the guidance scale as an input"
+
     def begin(self, number: int, schedule: NoiseSchedule) -> None:
         super().begin(number, schedule)
         self._first = number == 0

@@ -15,7 +15,7 @@ from ..files import write_bytes
 from ..models import UNet
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")  # peft's own format: PeftModel.from_pretrained(unet, folder)
-ADDED = "guidance_embed"  # an input that the teacher has not: there is nothing to adapt, it is trained whole
+ADDED = ("guidance_embed", "steps_embed")  # inputs that the teacher has not: there is nothing to adapt, they are trained whole
 
 
 def check_rank(rank: int) -> None:
@@ -38,7 +38,7 @@ def adapt(network: UNet, rank: int) -> nn.Module:
 
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d)
     layers = [name for name, m in network.named_modules() if isinstance(m, kinds) and not name.startswith(ADDED)]
-    added = [ADDED] if network.guidance_embed is not None else None
+    added = [name for name in ADDED if getattr(network, name) is not None] or None
     with torch.random.fork_rng(devices=[]):  # A is drawn: the same in every run
         torch.manual_seed(0)
         adapted = get_peft_model(network, LoraConfig(r=rank, lora_alpha=rank, target_modules=layers, modules_to_save=added))

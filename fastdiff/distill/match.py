@@ -35,10 +35,15 @@ class Match(Method):
     sigma/alpha. For the same reason a student of another prediction is the teacher from then on, as in the paper; beside a
     student of the same prediction the teacher itself stays.
 
+    A student of "both" (Salimans and Ho 2022, section 4) has an output layer of twice the channels, each head a multiple of its
+    teacher's layer (`students.HEADS`). Constant multiples make no exact copy: the paper's combination starts as alpha^2 x^ of an
+    eps teacher's x^, as sigma^2 x^ + alpha z of an x0 teacher's, as v^ times 0.78 (cos + sin) of the level's angle of a v
+    teacher's (22% short at both ends, 10% long in the middle), and as alpha z where the teacher predicts anything else.
+
     Args:
         then: the method.
         changes: other settings of the U-Net, such as {"model_channels": 32}; its inputs and outputs stay the teacher's.
-        predicts: what the student predicts, "v" or "x0"; None = what the teacher does.
+        predicts: what the student predicts, "v", "x0" or "both"; None = what the teacher does.
         updates, lr: of this stage; its batch is the method's.
     """
 
@@ -61,7 +66,7 @@ class Match(Method):
         return self.then.averages()
 
     def network(self, teacher: Denoiser, config: UNetConfig) -> UNetConfig:
-        fixed = {"in_channels", "out_channels", "num_classes", "null_class", "learned_variance", "guidance_range"}
+        fixed = {"in_channels", "out_channels", "num_classes", "null_class", "learned_variance", "guidance_range", "step_counts"}
         known = {f.name for f in dataclasses.fields(UNetConfig)} - fixed
         if unknown := sorted(set(self.changes) - known):
             raise FastdiffError(f"a student's network cannot have another {', '.join(unknown)} than its teacher's; it may have "
@@ -71,11 +76,19 @@ class Match(Method):
         except TypeError as e:
             raise FastdiffError(f"a setting of the student's network has the wrong type: {e}") from e
         assert teacher.shape is not None
+        both = self.prediction(teacher) == "both"
+        if both != (teacher.prediction == "both"):
+            # what a network of both says twice leaves no room for a variance beside it
+            made = dataclasses.replace(made, out_channels=teacher.shape[0] * (1 + both), learned_variance=False)
         levels = len(made.channel_mult)
         if any(side % 2 ** (levels - 1) for side in teacher.shape[1:]):
             raise FastdiffError(f"{levels} levels halve a sample's sides, {teacher.shape[1:]}, {levels - 1} times: give fewer "
                                 "channel_mult")  # fmt: skip
         return made
+
+    def adds(self) -> str:
+        mine = "other settings" if self.changes else "a second output" if self.predicts == "both" else ""
+        return mine or self.then.adds()
 
     def prediction(self, teacher: Denoiser) -> str:
         return self.predicts or self.then.prediction(teacher)
@@ -84,7 +97,9 @@ class Match(Method):
         if self.predicts is not None:
             check_prediction(self.predicts)
         following = self.then.stages()
-        return [Matching(SAMPLED, self.updates, self.lr, following[0].batch), *following]
+        # a student of several step counts is told no other number of calls
+        sampled = following[0].steps if getattr(self.then, "counts", ()) else SAMPLED
+        return [Matching(sampled, self.updates, self.lr, following[0].batch), *following]
 
     def hands_on(self, number: int) -> bool:
         return self.then.hands_on(number - 1) if number else self.predicts is not None
@@ -105,3 +120,6 @@ class Match(Method):
 
     def plan(self, stage: Stage, schedule: NoiseSchedule) -> Plan:
         return super().plan(stage, schedule) if isinstance(stage, Matching) else self.then.plan(stage, schedule)
+
+    def plans(self, stage: Stage, schedule: NoiseSchedule) -> tuple[Plan, ...]:
+        return self.then.plans(stage, schedule)

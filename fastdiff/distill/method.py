@@ -16,6 +16,7 @@ from ..models import UNetConfig
 from ..plans import Plan
 from ..schedule import NoiseSchedule
 from ..solvers import plan as make_plan
+from .segments import nodes
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,15 @@ class Stage:
 
 
 class Batch(NamedTuple):
-    """One update's material: clean images (B, *) or None, unit noise (B, *), class labels (B,) or None, guidance scales (B,)
-    where the student takes one, and its generator."""
+    """One update's material: clean images (B, *) or None, unit noise (B, *), class labels (B,) or None, its generator, guidance
+    scales (B,) where the student takes one, and the number of calls where it is told that (the same in every part of a batch)."""
 
     x0: Tensor | None
     noise: Tensor
     labels: Tensor | None
     generator: torch.Generator
     scales: Tensor | None = None
+    steps: int | None = None
 
     @property
     def images(self) -> Tensor:
@@ -70,6 +72,10 @@ class Method(ABC):
         """The student's network, where it is not the teacher's own: inputs that the teacher's has not, or another shape."""
         return config
 
+    def adds(self) -> str:
+        """What `network` gives the student beyond its teacher's network, in words; where it is "", any network can learn."""
+        return ""
+
     def prediction(self, teacher: Denoiser) -> str:
         """What the student's network predicts."""
         return teacher.prediction
@@ -88,17 +94,21 @@ class Method(ABC):
 
     @abstractmethod
     def loss(self, student: Denoiser, teacher: Denoiser, target: Denoiser, batch: Batch) -> Tensor:
-        """The loss of one update; a scalar with a graph to the student's weights alone. Labels and scales are bound already;
+        """The loss of one update; a scalar with a graph to the student's weights alone. All conditions are bound already;
         `target` is the average of that name, or the student itself, to be called without gradients."""
 
     def plan(self, stage: Stage, schedule: NoiseSchedule) -> Plan:
         """How the stage's student is sampled: DDIM on its own times."""
         return make_plan("ddim", schedule, stage.steps, grid=times(schedule, stage.steps).tolist())
 
+    def plans(self, stage: Stage, schedule: NoiseSchedule) -> tuple[Plan, ...]:
+        """One for each step count of a student of several; else none beside `plan`."""
+        return ()
+
 
 def times(schedule: NoiseSchedule, steps: int) -> np.ndarray:
-    """The student's times, noisiest first: uniform, from t_max, the last of them one step above t_min."""
-    return np.linspace(schedule.t_max, schedule.t_min, steps + 1)[:-1]
+    """The student's times, noisiest first: spaced as `nodes` says, from t_max, the last of them one step above t_min."""
+    return nodes(schedule, schedule.t_max, schedule.t_min, steps + 1)[:-1]
 
 
 def noisy(batch: Batch, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,6 +15,7 @@ from ..schedule import NoiseSchedule
 from ..solvers import plan as make_plan
 
 Level = tuple[Tensor, Tensor]  # alpha and sigma
+RHO = 7.0  # Karras et al. 2022, eq. 5
 
 
 class Segments:
@@ -26,7 +27,7 @@ class Segments:
     Args:
         times: (n,) starts of the intervals, noisiest first.
         calls: evaluations in each interval.
-        solver: a deterministic solver; the teacher's nodes inside an interval are uniform in time, as between the intervals.
+        solver: a deterministic solver; the teacher's nodes inside an interval are spaced as the intervals are (`nodes`).
     """
 
     def __init__(self, schedule: NoiseSchedule, times: Sequence[float], calls: int, solver: str = "ddim") -> None:
@@ -74,10 +75,18 @@ def jump_target(x: Tensor, end: Tensor, start: Level, stop: Level) -> Tensor:
     return ((end.double() - ratio * x.double()) / gain).to(x.dtype)
 
 
+def nodes(schedule: NoiseSchedule, a: float, b: float, count: int) -> np.ndarray:
+    """`count` times from a to b, uniform; where time is sigma itself (ve, edm) uniform in sigma^(1/7), as EDM's own grid."""
+    if schedule.name not in ("ve", "edm"):
+        return np.linspace(a, b, count)
+    t = np.linspace(a ** (1 / RHO), b ** (1 / RHO), count) ** RHO
+    t[0], t[-1] = a, b  # to the bit
+    return t
+
+
 def _plan(schedule: NoiseSchedule, solver: str, a: float, b: float | None, calls: int) -> Plan:
     """A plan from time a to time b, or to clean data."""
     if b is None:
-        inside = np.linspace(a, schedule.t_min, calls + 1)[:-1]
+        inside = nodes(schedule, a, schedule.t_min, calls + 1)[:-1]
         return make_plan(solver, schedule, calls, grid=inside.tolist())
-    nodes = np.linspace(a, b, calls + 1)
-    return make_plan(solver, schedule, calls, grid=nodes.tolist(), end="sigma_min")
+    return make_plan(solver, schedule, calls, grid=nodes(schedule, a, b, calls + 1).tolist(), end="sigma_min")

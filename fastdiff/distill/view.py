@@ -25,7 +25,6 @@ from ..plans import Plan
 from ..sampling import sample
 from ..solvers import plan
 from .distiller import Distiller, Progress
-from .students import with_network
 
 SHOWN = 10  # samples in the picture
 FEWEST = 20  # samples that KID takes
@@ -65,7 +64,7 @@ class View:
             return None
         stage = self.run.stages[p.stage]
         table = self.run.method.plan(stage, self.run.source.schedule)
-        self.student = self._samples(with_network(self.run.student, self.run.saved_network), table)
+        self.student = self._samples(self.run.student.with_network(self.run.saved_network), table)
         row: dict[str, Any] = {"update": done, "steps": stage.steps, "loss": p.loss, "images_per_second": p.images_per_second}
         if not table.stochastic:
             row["rmse"] = rmse(self.student, self._teacher())

@@ -25,6 +25,8 @@ class UNetConfig:
     `num_classes` counts the embedding's rows; with `null_class` the last of them is the class "none" of label dropout.
     `guidance_range` (lowest, highest) gives the network the scale of guidance as an input: one call then does what
     classifier-free guidance does in two (Meng et al. 2023).
+    `step_counts`, such as (1, 2, 4), gives it the number of calls that make a sample: one student for each of these (Zhou et al.
+    2024, SFD-v).
     """
 
     in_channels: int = 3
@@ -43,6 +45,7 @@ class UNetConfig:
     learned_variance: bool = False
     num_heads: int | None = None
     guidance_range: tuple[float, float] | None = None
+    step_counts: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("channel_mult", "attention"):
@@ -54,6 +57,8 @@ class UNetConfig:
             raise FastdiffError(f"num_heads must be a positive whole number or None; given {self.num_heads!r}")
         if self.guidance_range is not None:
             object.__setattr__(self, "guidance_range", _range(self.guidance_range))
+        if self.step_counts is not None:
+            object.__setattr__(self, "step_counts", check_counts(self.step_counts))
         if not self.channel_mult or any(mult <= 0 for mult in self.channel_mult):
             raise FastdiffError(f"channel_mult must hold one positive number a level; given {self.channel_mult}")
         for mult in self.channel_mult:
@@ -77,6 +82,18 @@ def _range(given: Sequence[float]) -> tuple[float, float]:
     if not 0 <= low < high < math.inf:
         raise FastdiffError(f"guidance scales are a range such as 1,5, from at least 0 upwards; given {tuple(given)}")
     return low, high
+
+
+def check_counts(given: Sequence[int]) -> tuple[int, ...]:
+    """The numbers of calls that one student is for, in rising order.
+
+    Raises:
+        FastdiffError: none, one twice, or one below 1.
+    """
+    counts = tuple(sorted(given))
+    if not counts or len(set(counts)) < len(counts) or not all(isinstance(n, int) and n >= 1 for n in counts):
+        raise FastdiffError(f"step counts are different whole numbers of at least 1, such as 1,2,4; given {tuple(given)}")
+    return counts
 
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
@@ -252,6 +269,7 @@ class UNet(nn.Module):
         if c.guidance_range is not None:  # zero at its end: a student that has it begins as its teacher
             self.guidance_embed = time_embedding(c)
             zero_(self.guidance_embed[-1])
+        self.steps_embed = zero_(nn.Embedding(len(c.step_counts), c.emb_channels)) if c.step_counts else None
         self.input_blocks, self.middle_block, skips = encoder(c)
         ch = skips[-1]
         self.output_blocks = nn.ModuleList()
@@ -277,9 +295,15 @@ class UNet(nn.Module):
         """The guidance scales that the network takes as an input, or None where it has no such input."""
         return self.config.guidance_range
 
+    @property
+    def step_counts(self) -> tuple[int, ...]:
+        """The numbers of calls that the network takes as an input, `steps`; empty where it has no such input."""
+        return self.config.step_counts or ()
+
     def forward(
-        self, x: Tensor, t: Tensor, class_labels: Tensor | None = None, guidance: Tensor | float | None = None
-    ) -> Tensor:
+        self, x: Tensor, t: Tensor, class_labels: Tensor | None = None, guidance: Tensor | float | None = None,
+        steps: int | None = None,
+    ) -> Tensor:  # fmt: skip
         multiple = 2 ** (len(self.config.channel_mult) - 1)
         if x.shape[-1] % multiple or x.shape[-2] % multiple:
             raise FastdiffError(
@@ -293,6 +317,8 @@ class UNet(nn.Module):
             emb = emb + self.label_emb(class_labels).to(emb.dtype)
         if guidance is not None or self.guidance_embed is not None:
             emb = emb + self._embed_guidance(1.0 if guidance is None else guidance, t).to(emb.dtype)
+        if steps is not None or self.steps_embed is not None:
+            emb = emb + self._embed_steps(steps, t).to(emb.dtype)
         h, skips = x, []
         for block in self.input_blocks:
             h = self._run(block, h, emb)
@@ -314,6 +340,15 @@ class UNet(nn.Module):
         # the range becomes 0 to 10: features from smooth over the whole range to a period of two thirds of it
         features = timestep_embedding((guidance - low) * (10 / (high - low)), self.config.model_channels)
         return self.guidance_embed(features.to(next(self.guidance_embed.parameters()).dtype))
+
+    def _embed_steps(self, steps: int | None, t: Tensor) -> Tensor:
+        """The embedding (1, *) of a number of calls; none bound means the largest."""
+        if self.steps_embed is None:
+            raise FastdiffError("this network takes no number of calls: leave out steps=")
+        steps = self.step_counts[-1] if steps is None else steps
+        if steps not in self.step_counts:
+            raise FastdiffError(f"this network knows {', '.join(map(str, self.step_counts))} calls; given steps={steps}")
+        return self.steps_embed(t.new_full((1,), self.step_counts.index(steps), dtype=torch.long))
 
     def _run(self, block: nn.Module, h: Tensor, emb: Tensor) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():

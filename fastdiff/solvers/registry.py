@@ -47,7 +47,8 @@ def plan(
     Args:
         solver: a name of `list_solvers()`, an alias, or a name of diffusers, ComfyUI or A1111 ("DPMSolverMultistepScheduler",
             "dpmpp_2m_karras", "DPM++ 2M Karras": a grid in the name is the default for `grid`); or "auto": the plan tuned for
-            this checkpoint, guidance and `nfe` where the denoiser has one, else the recommended hand-made one.
+            this checkpoint, guidance and `nfe` where the denoiser has one, or a student's own for one of its several step
+            counts, else the recommended hand-made one.
             `provenance["auto"]` says which.
         schedule: a NoiseSchedule, or anything with a `.schedule` (a Denoiser).
         nfe: evaluations of the denoiser, met exactly: what fills no whole step goes to one lower-order step.
@@ -88,7 +89,8 @@ def _auto(schedule: NoiseSchedule | Any, nfe: int | None, other: dict[str, Any],
         raise FastdiffError('plan("auto") needs nfe=')
     tuned = getattr(schedule, "tuned_plan", lambda nfe: None)(nfe) if end == "zero" else None
     if tuned is not None:
-        chosen, why = tuned, "tuned for this checkpoint, guidance and budget"
+        own = "tuned_for" not in tuned.provenance
+        chosen, why = tuned, "the student's own" if own else "tuned for this checkpoint, guidance and budget"
     else:
         chosen = plan(FEW_CALLS if nfe <= FEW else MANY_CALLS, schedule, nfe, end=end)
         why = "hand-made: no plan is tuned for this checkpoint, guidance and budget"

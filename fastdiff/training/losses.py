@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FastdiffError
-from ..prediction import coefficients, target
+from ..prediction import coefficients, joined, target
 from ..schedule import NoiseSchedule
 
 Weighting = L["simple", "edm", "min_snr"]
@@ -34,7 +34,9 @@ def sample_times(schedule: NoiseSchedule, n: int, how: str, generator: torch.Gen
     table 1); logit_normal: a standard normal through the logistic function (Esser et al. 2024, section 3.1). An integer
     time of a discrete model is drawn as one.
     """
-    u = (torch.arange(n, dtype=torch.float64) + torch.rand(n, generator=generator, dtype=torch.float64)) / n
+    where = generator.device
+    drawn = torch.rand(n, generator=generator, dtype=torch.float64, device=where)
+    u = (torch.arange(n, dtype=torch.float64, device=where) + drawn) / n
     if how == "uniform":
         t = schedule.time_of_uniform(u).clamp(schedule.t_min, schedule.t_max)
     elif how == "lognormal":
@@ -67,10 +69,10 @@ def noised(
     x0: Tensor, t: Tensor, schedule: NoiseSchedule, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(x_t, eps, alpha, sigma) for clean images (B, C, H, W) at times (B,); the levels shaped to broadcast, float32."""
-    eps = torch.randn(x0.shape, generator=generator)
+    eps = torch.randn(x0.shape, generator=generator, device=x0.device)
     alpha = schedule.alpha(t).float().view(-1, 1, 1, 1)
     sigma = schedule.sigma(t).float().view(-1, 1, 1, 1)
     return alpha * x0 + sigma * eps, eps, alpha, sigma
 
 
-__all__ = ["TimeSampling", "Weighting", "coefficients", "noised", "sample_times", "target", "weights"]
+__all__ = ["TimeSampling", "Weighting", "coefficients", "joined", "noised", "sample_times", "target", "weights"]

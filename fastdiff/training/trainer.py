@@ -1,82 +1,41 @@
-"""Training a diffusion U-Net from images: resumable bit for bit, since draws are functions of seed, step and place in the batch.
+"""Training a diffusion network: resumable bit for bit, since draws are functions of seed, step and place in the batch.
 
-Under `torchrun` the processes share every batch, and what an image meets does not depend on which of them has it.
+Under `torchrun` the processes share every batch, and what an image meets does not depend on which of them has it. The bits are
+those of one kind of device: a run may go on elsewhere, by other draws.
 """
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import io
-import math
+import operator
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from ..checkpoints import native
-from ..denoiser import Denoiser
+from ..checkpoints.conditions import Conditions
+from ..compiled import not_compiled
+from ..denoiser import Denoiser, rows_of
 from ..errors import FastdiffError
 from ..files import write_bytes
-from ..models import UNet, UNetConfig
+from ..models import UNet
 from ..models.dropout import seed_dropout
 from ..parallel import join
 from ..resume import check_same, read_state
-from ..schedule import NoiseSchedule, from_config
 from . import losses
+from .config import TrainConfig, made_schedule, unet_config
 from .data import Images, batch_indices
 from .parallel import wrap
 from .skips import Skips
+from .taken_over import dropped, taken_over
 from .variance import bound
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Everything that determines the weights. Times are in optimiser steps, `lr` falls linearly to 0 over `steps`; `batch` is
-    that of all processes together.
-
-    `vlb` > 0 learns the variance of DDPM's steps too: the weight of the variational bound beside the loss (Nichol and Dhariwal
-    2021, eq. 16: 0.001), summed over a chain of `vlb_steps`.
-    """
-
-    steps: int
-    batch: int = 64
-    lr: float = 5e-4
-    warmup: int = 200
-    schedule: dict[str, Any] = field(default_factory=lambda: {"name": "vp_cosine"})
-    prediction: str = "v"
-    weighting: str = "simple"
-    times: str = "uniform"
-    time_scale: float | None = 1000.0
-    ema: float = 0.999
-    label_dropout: float = 0.1
-    clip: float = 1.0
-    bf16: bool = False
-    seed: int = 0
-    network: dict[str, Any] = field(default_factory=dict)
-    start: str = ""  # hash of the checkpoint whose weights the first step begins with; "" = drawn
-    vlb: float = 0.0
-    vlb_steps: int = 1000
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.vlb) and self.vlb >= 0):
-            raise FastdiffError(f"vlb must be at least 0; given {self.vlb!r}")
-        for name, low in (("steps", 1), ("batch", 1), ("warmup", 0), ("vlb_steps", 2)):
-            if not (isinstance(value := getattr(self, name), int) and value >= low):
-                raise FastdiffError(f"{name} must be a whole number of at least {low}; given {value!r}")
-        for name in ("lr", "clip"):
-            if not (math.isfinite(value := getattr(self, name)) and value > 0):
-                raise FastdiffError(f"{name} must be a positive number; given {value!r}")
-        for name in ("ema", "label_dropout"):
-            if not 0 <= (value := getattr(self, name)) <= 1:
-                raise FastdiffError(f"{name} must lie in [0, 1]; given {value!r}")
-        if self.time_scale is not None and not math.isfinite(self.time_scale):
-            raise FastdiffError(f"time_scale must be a finite number or None; given {self.time_scale!r}")
-        losses.check_names(self.weighting, self.times)
 
 
 @dataclass
@@ -89,76 +48,8 @@ class Progress:
     images_per_second: float
 
 
-def unet_config(config: TrainConfig, data: Images) -> UNetConfig:
-    """The network's shape: channels and classes from the data, the rest from the configuration."""
-    classes = data.num_classes
-    fields: dict[str, Any] = {"in_channels": data.x.shape[1], "out_channels": data.x.shape[1]}
-    if classes:
-        fields |= {"num_classes": classes + 1, "null_class": True}
-    if config.vlb:
-        fields["learned_variance"] = True
-    if not isinstance(config.network, dict):
-        raise FastdiffError(f"network settings must be a mapping from names to values; given {config.network!r}")
-    if unknown := set(config.network) - {f.name for f in dataclasses.fields(UNetConfig)}:
-        raise FastdiffError(f"the U-Net has no setting {', '.join(sorted(unknown))}; see fastdiff.models.UNetConfig")
-    try:
-        made = UNetConfig(**(fields | config.network))
-    except TypeError as e:
-        raise FastdiffError(f"a U-Net setting has the wrong type: {e}") from e
-    _check_fit(made, data, bool(config.vlb))
-    if made.num_classes and not made.null_class and config.label_dropout:
-        raise FastdiffError("label dropout needs the null class: leave out null_class, or set label_dropout to 0")
-    return made
-
-
-def continuing(config: TrainConfig, denoiser: Denoiser) -> TrainConfig:
-    """The configuration that goes on with a checkpoint: its network, schedule, prediction and time, the rest as given.
-
-    Raises:
-        FastdiffError: its network is not our U-Net.
-    """
-    if not isinstance(denoiser.network, UNet):
-        kind = denoiser.info.get("format", type(denoiser.network).__name__)
-        raise FastdiffError(f"training goes on from fastdiff's and guided-diffusion's U-Nets; this is a network of {kind}")
-    return dataclasses.replace(
-        config, network=denoiser.network.config.asdict(), schedule=denoiser.schedule.config(), prediction=denoiser.prediction,
-        time_scale=denoiser.info.get("time_scale"), start=denoiser.hash,
-    )  # fmt: skip
-
-
-def _schedule(config: dict[str, Any]) -> NoiseSchedule:
-    """The schedule of a description, asked once, so that wrong parameters are found before the first step."""
-    try:
-        schedule = from_config(config)
-        usable = math.isfinite(float(schedule.alpha(schedule.t_max)) + float(schedule.sigma(schedule.t_min)))
-    except (TypeError, ArithmeticError) as e:
-        raise FastdiffError(f"noise schedule {config} cannot be made: {e}") from e
-    if not usable or not schedule.t_min < schedule.t_max:
-        raise FastdiffError(f"noise schedule {config} has no finite levels from t_min to t_max; check its parameters")
-    return schedule
-
-
-def _check_fit(network: UNetConfig, data: Images, learned: bool) -> None:
-    """That the network takes these images and labels, before the first step finds out."""
-    channels, *size = data.x.shape[1:]
-    if (network.in_channels, network.out_channels) != (channels, channels) or network.learned_variance != learned:
-        how = "with learned variance (vlb > 0)" if learned else "without learned variance (vlb trains it)"
-        raise FastdiffError(f"the network must map {channels} channels to {channels}, {how}")
-    multiple = 2 ** (len(network.channel_mult) - 1)
-    if any(side % multiple for side in size):
-        raise FastdiffError(
-            f"{len(network.channel_mult)} levels need images of a height and width divisible by {multiple}; given "
-            f"{tuple(size)}: choose fewer channel_mult, or another --size"
-        )
-    rows = (network.num_classes or 0) - network.null_class
-    if data.y is None and network.num_classes:
-        raise FastdiffError("the network has classes, the data no labels: leave out num_classes")
-    if rows < data.num_classes and network.num_classes:
-        raise FastdiffError(f"the data have {data.num_classes} classes, the network has {rows}: leave out num_classes")
-
-
 class Material(NamedTuple):
-    """Clean images x0 (B, C, H, W), times t (B,), noisy x, unit noise eps, levels that broadcast, labels (B,) or None."""
+    """Clean images x0 (B, C, H, W), times t (B,), noisy x, unit noise eps, levels that broadcast, what the network is told."""
 
     x0: Tensor
     t: Tensor
@@ -166,43 +57,73 @@ class Material(NamedTuple):
     eps: Tensor
     alpha: Tensor
     sigma: Tensor
-    labels: Tensor | None
+    cond: dict[str, Any]
 
 
 class Trainer:
     """Holds network, EMA and optimiser; `run()` trains to the end, saving `model.safetensors` (EMA) and `state.pt`.
 
-    With `start` the first step begins with that denoiser's weights (`continuing` makes the configuration).
+    With `start` the first step begins with that denoiser's weights (`continuing` makes the configuration). A network of another
+    library is saved in the layout that it came in, and told what `conditions` say, one row for all images or one for each.
+    Network, images and draws are on `device`.
 
     Raises:
         FastdiffError: resuming a run whose configuration or data differ (the message names them); a batch that the processes
             cannot share evenly.
     """
 
-    def __init__(self, config: TrainConfig, data: Images, out: Path, start: Denoiser | None = None) -> None:
-        self.config, self.data, self.out = config, data, out
-        self.schedule, self.world = _schedule(config.schedule), join()
+    def __init__(
+        self, config: TrainConfig, data: Images, out: Path, start: Denoiser | None = None, conditions: Conditions | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:  # fmt: skip
+        self.device = torch.device(device)
+        self.config, self.data, self.out, self.conditions = config, data.to(self.device), out, conditions
+        self.schedule, self.world = made_schedule(config.schedule), join()
         if config.batch % self.world.size:
             raise FastdiffError(f"a batch of {config.batch} cannot be shared evenly by {self.world.size} processes: change it")
         torch.manual_seed(config.seed)
-        self.network = UNet(unet_config(config, data))
-        if start is not None:
-            assert isinstance(start.network, UNet)
-            self.network.load_state_dict(start.network.state_dict())
+        if start is None or isinstance(start.network, UNet):
+            self.denoiser = self._own(start)
+        else:
+            self.denoiser = taken_over(start.to(self.device), self.data, conditions, config.label_dropout, bool(config.vlb))
+        self.network = cast(Any, self.denoiser.network)
         self.ema = copy.deepcopy(self.network).requires_grad_(False)
-        self.shared = wrap(self.network, self.world)  # the network whose gradients are those of the whole batch
+        self.shared: Callable[..., Tensor] = wrap(self.network, self.world)  # its gradients are those of the whole batch
         self.optimiser = torch.optim.AdamW(self.network.parameters(), lr=config.lr, weight_decay=0.0)
-        self.denoiser = Denoiser(self.network, self.schedule, config.prediction)  # checks the prediction's name
         self.step = 0
         self.losses: list[float] = []
         self.skips = Skips()
         if (out / "state.pt").exists():
             self._resume()
 
+    def _own(self, start: Denoiser | None) -> Denoiser:
+        """Our own U-Net, new or with the weights of `start`; the Denoiser checks the prediction's name."""
+        network, scale = UNet(unet_config(self.config, self.data)).to(self.device), self.config.time_scale
+        if start is not None:
+            network.load_state_dict(start.network.state_dict())  # type: ignore[attr-defined]
+        told = None if scale is None else partial(operator.mul, scale)
+        return Denoiser(network, self.schedule, self.config.prediction, time=told)
+
     @property
     def skipped(self) -> int:
         """Steps that were not taken: their gradient was not finite."""
         return self.skips.total
+
+    def compile(self) -> None:
+        """Runs the network through torch.compile from now on: faster steps, after half a minute or more here.
+
+        Raises:
+            FastdiffError: torch cannot compile it; a network with dropout, whose masks are drawn sample by sample.
+        """
+        if isinstance(self.network, UNet) and self.network.config.dropout:
+            raise FastdiffError("torch.compile would compile dropout anew in every step: leave out --compile")
+        self.shared = torch.compile(self.shared)
+        self.network.train(isinstance(self.network, UNet))
+        try:
+            self.loss(self._generator()).backward()  # what fails does so before the first step
+        except Exception as e:
+            raise not_compiled(e) from e
+        self.optimiser.zero_grad(set_to_none=True)
 
     def run(self, callback: Callable[[Progress], None] | None = None, save_every: float = 60.0) -> None:
         """Trains to `config.steps`. An exception saves the steps done; SIGKILL loses `save_every` seconds at most."""
@@ -226,8 +147,8 @@ class Trainer:
     def train_step(self) -> float:
         """One optimiser step on the images and draws that (seed, step) determine; returns the loss of the whole batch."""
         c = self.config
-        generator = torch.Generator().manual_seed(c.seed * 1_000_003 + self.step + 500_000_000)
-        self.network.train()
+        generator = self._generator()
+        self.network.train(isinstance(self.network, UNet))
         for group in self.optimiser.param_groups:
             group["lr"] = c.lr * min((self.step + 1) / max(c.warmup, 1), 1.0) * (1 - self.step / c.steps)
         loss = self.loss(generator)
@@ -241,20 +162,26 @@ class Trainer:
         self.losses.append(self.world.mean(float(loss.detach())))
         return self.losses[-1]
 
+    def _generator(self) -> torch.Generator:
+        """Of the next step's draws."""
+        return torch.Generator(self.device).manual_seed(self.config.seed * 1_000_003 + self.step + 500_000_000)
+
     def loss(self, generator: torch.Generator) -> Tensor:
         """The weighted squared error of the network's output over this process's images of one batch."""
         c = self.config
-        x0, t, x, eps, alpha, sigma, labels = self._material(generator)
-        c_in = losses.coefficients(c.prediction, alpha, sigma, self.denoiser.sigma_data).c_in
+        x0, t, x, eps, alpha, sigma, cond = self._material(generator)
+        k = losses.coefficients(c.prediction, alpha, sigma, self.denoiser.sigma_data)
         want = losses.target(c.prediction, x0, eps, alpha, sigma, self.denoiser.sigma_data)
-        c_noise = self.denoiser._at_tensor(x, t)[1] if c.time_scale is None else (t * c.time_scale).float()
-        with torch.autocast("cpu", torch.bfloat16, enabled=c.bf16):
-            got = self.shared(x * c_in, c_noise, labels)
+        c_noise = self.denoiser._at_tensor(x, t)[1]
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=c.bf16):
+            got = self.denoiser.output(self.shared(x * k.c_in, c_noise, **cond))
         got, v = got.float().split(x.shape[1], dim=1) if c.vlb else (got.float(), None)
+        if c.prediction == "both":
+            x0_head, eps_head = got.chunk(2, dim=1)
+            got = losses.joined(x0_head, eps_head, k)
         loss = (losses.weights(c.weighting, c.prediction, alpha, sigma) * (got - want).square()).mean()
         if v is None:
             return loss
-        k = losses.coefficients(c.prediction, alpha, sigma, self.denoiser.sigma_data)
         d = k.c_skip * x + k.c_out * got
         return loss + c.vlb * c.vlb_steps * bound(self.schedule, x0, x, d, v, t, c.vlb_steps).mean()
 
@@ -265,22 +192,34 @@ class Trainer:
         image i of a batch meets the same time, noise, label and dropout in every world.
         """
         c = self.config
-        index = batch_indices(len(self.data.x), c.batch, self.step, c.seed)
-        x0 = self.data.x[index].float() / 127.5 - 1
+        index = batch_indices(len(self.data.x), c.batch, self.step, c.seed).to(self.device)
+        x0 = self.data.clean(index)
         t = losses.sample_times(self.schedule, c.batch, c.times, generator)
         x, eps, alpha, sigma = losses.noised(x0, t, self.schedule, generator)
-        labels = self._labels(index, generator)
+        cond = self._cond(index, generator)
         mine = slice(self.world.rank, None, self.world.size)
         first = (c.seed * 1_000_003 + self.step) * 2_654_435_761  # near 2^32 over the golden ratio: steps lie far apart
         seed_dropout(self.network, range(first, first + c.batch)[mine])
-        cut = None if labels is None else labels[mine]
+        cut = rows_of(cond, torch.arange(c.batch)[mine], c.batch)
         return Material(x0[mine], t[mine], x[mine], eps[mine], alpha[mine], sigma[mine], cut)
+
+    def _cond(self, index: Tensor, generator: torch.Generator) -> dict[str, Any]:
+        """What the network is told of the images beside the time."""
+        labels = self._labels(index, generator) if self.denoiser.num_classes else None
+        out = {} if labels is None else {"class_labels": labels}
+        if self.conditions is None:
+            return out
+        cond, negative = self.conditions.rows(index)
+        if negative is not None and self.config.label_dropout:
+            drop = torch.rand(len(index), generator=generator, device=index.device) < self.config.label_dropout
+            cond = dropped(cond, negative, drop)
+        return out | cond
 
     def _labels(self, index: Tensor, generator: torch.Generator) -> Tensor | None:
         if self.data.y is None:
             return None
-        dropped = torch.rand(len(index), generator=generator) < self.config.label_dropout
-        null = self.network.null_label
+        dropped = torch.rand(len(index), generator=generator, device=index.device) < self.config.label_dropout
+        null = getattr(self.network, "null_label", None)
         if null is None:
             return self.data.y[index]
         return torch.where(dropped, null, self.data.y[index])
@@ -290,8 +229,14 @@ class Trainer:
         decay = min(self.config.ema, (1 + self.step) / (10 + self.step))  # the average starts short
         torch._foreach_lerp_(list(self.ema.parameters()), list(self.network.parameters()), 1 - decay)
 
+    def training(self) -> dict[str, Any]:
+        """What the checkpoint says of how it was trained."""
+        c = self.config
+        name = {"device": torch.cuda.get_device_name(self.device)} if self.device.type == "cuda" else {}
+        return {**asdict(c), "step": self.step, "images": self.step * c.batch, "data_sha256": self.data.digest, **name}
+
     def description(self) -> dict[str, Any]:
-        """What the checkpoint says of itself; everything a Denoiser needs and how it was trained."""
+        """What a checkpoint of our own says of itself: everything a Denoiser needs and how it was trained."""
         c = self.config
         return {
             "network": self.network.config.asdict(),
@@ -301,19 +246,17 @@ class Trainer:
             "data_range": [-1, 1],
             "shape": list(self.data.x.shape[1:]),
             "class_names": list(self.data.names),
-            "training": {
-                **asdict(c),
-                "step": self.step,
-                "images": self.step * c.batch,
-                "data_sha256": self.data.digest,
-            },
+            "training": self.training(),
         }
 
     def save(self) -> None:
         """Writes the EMA weights as a checkpoint and the whole state for resuming; each appears whole or not at all."""
         if not self.world.first:
             return
-        native.save(self.out / "model.safetensors", self.ema.state_dict(), self.description())
+        if self.denoiser.write is None:
+            native.save(self.out / "model.safetensors", self.ema.state_dict(), self.description())
+        else:
+            self.denoiser.write(self.out, self.ema, {**self.training(), "shape": list(self.data.x.shape[1:])})
         state = {
             "config": asdict(self.config),
             "data_sha256": self.data.digest,

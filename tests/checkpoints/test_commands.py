@@ -80,11 +80,11 @@ def own(folder):
 
 
 def k_diffusion(folder):
-    import test_kdiffusion
+    import test_kdiffusion_models as models
 
     pytest.importorskip("k_diffusion.config", reason="k-diffusion is not installed", exc_type=ImportError)
-    config = test_kdiffusion.CONFIGS["transformer of classes"]
-    return test_kdiffusion.saved(folder, test_kdiffusion.made(config)[0], config), "k-diffusion, image_transformer_v1"
+    config = models.CONFIGS["transformer of classes"]
+    return models.saved(folder, models.made(config)[0], config), "k-diffusion, image_transformer_v1"
 
 
 @pytest.mark.parametrize("family", [own, edm, guided_diffusion, k_diffusion], ids=lambda f: f.__name__)
@@ -103,7 +103,7 @@ def test_files_of_every_family(family, fastdiff, tmp_path, monkeypatch):
 
 
 def test_a_stable_diffusion_file_says_what_it_wants(fastdiff, tmp_path):
-    """Its text encoder is not read: what it is can be asked, and a picture needs conditions that are bound in Python."""
+    """Its text encoder is not read: what it is can be asked, and a picture needs --condition (test_conditions.py)."""
     import test_ldm
 
     _, path = test_ldm.written(tmp_path, "v1", hub.make("AutoencoderKL", **test_ldm.KL))
@@ -147,7 +147,8 @@ def test_training_goes_on_from_a_checkpoint(fastdiff, tmp_path):
         assert after.info["time_scale"] == before.info["time_scale"] and after.info["training"]["start"] == before.hash
 
 
-def test_training_does_not_go_on_from_another_librarys_network(fastdiff, tmp_path):
+def test_training_on_images_that_a_network_does_not_take(fastdiff, tmp_path):
+    """What goes on learning of other libraries: training/test_taken_over.py."""
     tiny.npz(tmp_path / "x.npz")
     code, _, err = fastdiff("train", "--data", tmp_path / "x.npz", "--from", hub.ddpm(tmp_path / "p"), "--out", tmp_path / "run")
     assert code == 2 and "DDPMPipeline" in err and not (tmp_path / "run").exists()

@@ -67,19 +67,25 @@ def test_ve_preconditioning_is_edms(tmp_path):
     is_wanted(den(X, torch.tensor([1.0, 1.0])), den(X, 1.0))
 
 
-def test_iddpm_preconditioning_is_edms(tmp_path):
-    """Table 1, column iDDPM + DDIM: D = x - sigma F(x / sqrt(1 + sigma^2), M - 1 - j) at level u_j; learned variance dropped.
-    Its levels are those of the cosine betas, here by diffusers."""
-    steps, u = 1000, [0.0]
+def iddpm(folder, steps=1000):
+    """A network of classes that learned its variance, and its levels: those of the cosine betas, noise first."""
+    u = [0.0]
     cosine = [math.sin(math.pi / 2 * j / steps / 1.008) ** 2 for j in range(steps + 1)]
     for j in range(steps, 0, -1):
         u.append(math.sqrt((u[-1] ** 2 + 1) / max(cosine[j - 1] / cosine[j], 0.001) - 1))
     doubled = {f"model.out_conv.{n}": torch.tensor(peer_networks.draw(n, s), dtype=torch.float32) for n, s in
                (("weight", CASES["edm adm"]["weights"]["out_conv.weight"]), ("bias", [3]))}  # fmt: skip
     doubled = {name: torch.cat([value, value + 1]) for name, value in doubled.items()}
-    den = fd.load(saved(tmp_path, "adm", u=torch.tensor(u[::-1]), **doubled)).bind(class_labels=torch.tensor([1, 4]))
+    return saved(folder, "adm", u=torch.tensor(u[::-1]), **doubled), u[::-1]
+
+
+def test_iddpm_preconditioning_is_edms(tmp_path):
+    """Table 1, column iDDPM + DDIM: D = x - sigma F(x / sqrt(1 + sigma^2), M - 1 - j) at level u_j; learned variance dropped.
+    Its levels are diffusers'."""
+    path, u = iddpm(tmp_path, steps := 1000)
+    den = fd.load(path).bind(class_labels=torch.tensor([1, 4]))
     for j in (3, 500, 990):
-        sigma = u[steps - j]
+        sigma = u[j]
         root = math.hypot(1, sigma)
         f = den.network(X / root, torch.full((2,), steps - 1.0 - j), class_labels=torch.tensor([1, 4]))
         assert f.shape[1] == 6

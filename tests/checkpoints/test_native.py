@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 import fastdiff as fd
 from fastdiff import shipped
 from fastdiff.checkpoints import native
+from fastdiff.checkpoints import weights as weights_module
 from fastdiff.errors import CheckpointError, FastdiffError
 from fastdiff.files import sha256
 
@@ -176,7 +177,7 @@ def test_saving_is_whole_or_not_at_all(tmp_path, monkeypatch):
         temporary.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(native, "save_file", full)
+    monkeypatch.setattr(weights_module, "save_file", full)
     with pytest.raises(FastdiffError, match="No space left"):
         native.save(path, tiny.network().state_dict(), tiny.description())
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]

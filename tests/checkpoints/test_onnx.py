@@ -6,8 +6,10 @@ import onnx
 import onnx.parser
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import fastdiff as fd
+from fastdiff.checkpoints.conditions import read_conditions
 from fastdiff.errors import FastdiffError
 
 X = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -82,6 +84,17 @@ def test_inputs_that_have_other_names(tmp_path):
     guided = fd.guide.cfg(den, 2.0)(X, 0.3)  # the last class is "none"
     none = wanted.bind(class_labels=torch.tensor([4, 4, 4]))(X, 0.3)
     assert (guided - (2 * wanted(X, 0.3) - none)).abs().max() < 1e-4 and den.num_classes == 4
+
+
+def test_conditions_from_a_file(tmp_path):
+    """Its inputs beside sample and time, by their names: whole numbers here."""
+    den = fd.load(saved(tmp_path))
+    save_file({"class_labels": LABELS.float()}, tmp_path / "c.safetensors")
+    bound = read_conditions(tmp_path / "c.safetensors", den, 3).bound(den, range(3))
+    assert torch.equal(bound(X, 0.5), den.bind(class_labels=LABELS)(X, 0.5))
+    save_file({"labels": LABELS.float()}, tmp_path / "c.safetensors")
+    with pytest.raises(FastdiffError, match="class_labels is missing; labels is not known here"):
+        read_conditions(tmp_path / "c.safetensors", den, 3)
 
 
 def test_every_command_runs_it(fastdiff, tmp_path, monkeypatch):

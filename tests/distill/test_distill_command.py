@@ -58,7 +58,8 @@ def test_trajectory_matching_needs_no_data(fastdiff, teacher, tmp_path):
         (["--method", "trajectory", "--network", "{'model_channels': 32}"], "--network takes JSON"),
         (["--method", "trajectory", "--network", '{"model_channels": 32}'], "needs images"),
         (["--method", "trajectory", "--match-updates", "5"], "belong to a student of another"),
-        (["--method", "trajectory", "--prediction", "both"], "unknown prediction 'both'"),
+        (["--method", "trajectory", "--prediction", "all"], "unknown prediction 'all'"),
+        (["--method", "trajectory", "--prediction", "both"], "needs images"),
     ],
 )
 def test_bad_input_is_one_line(fastdiff, teacher, tmp_path, arguments, said):

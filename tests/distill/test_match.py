@@ -8,6 +8,7 @@ import torch
 
 import fastdiff as fd
 from fastdiff.distill import Distiller, Match, Progressive, Trajectory
+from fastdiff.distill.students import OUTPUT
 from fastdiff.errors import FastdiffError
 from fastdiff.training.data import load_images
 
@@ -49,14 +50,16 @@ def test_a_narrower_student_learns_what_its_teacher_predicts_and_then_its_method
     assert student.info["training"]["distilled"]["network"] == {"model_channels": 32}
 
 
-@pytest.mark.parametrize(("predicts", "share"), [("v", 0.9), pytest.param("x0", 0.5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("predicts", "share"), [
+    ("v", 0.9), pytest.param("x0", 0.5, marks=pytest.mark.slow), pytest.param("both", 0.9, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_an_eps_teacher_gets_a_student_of_another_prediction(predicts, share, images, tmp_path):
     """From the teacher's weights, which mean something else in it at first: the stage brings the prediction back."""
     teacher = teacher_of(tmp_path, prediction="eps")
     run = Distiller(teacher, Match(Progressive(8, 2, **SHORT), predicts=predicts, updates=40, lr=2e-3), tmp_path / "s", images)
     before = error(run.student, teacher, images)
-    for a, b in zip(run.network.parameters(), teacher.network.parameters(), strict=True):
-        assert torch.equal(a, b)
+    for (name, a), b in zip(run.network.named_parameters(), teacher.network.parameters(), strict=True):
+        assert torch.equal(a, b) or (predicts == "both" and name in OUTPUT)
     teachers = []
     student = run.run(lambda p: teachers.append(run.teacher.prediction))
     assert teachers == ["eps"] * 40 + [predicts] * 4  # two halvings after it
@@ -64,6 +67,37 @@ def test_an_eps_teacher_gets_a_student_of_another_prediction(predicts, share, im
     assert student.prediction == matched.prediction == predicts and teacher.prediction == "eps"
     assert error(matched, teacher, images) < share * before
     assert bool(fd.sample(student.bind(class_labels=torch.tensor([0])), seeds=[0]).isfinite().all())
+
+
+@pytest.mark.parametrize("predicts", ["eps", "x0", "v", "flow"])
+def test_a_student_of_both_starts_as_near_its_teacher_as_two_heads_allow(predicts, images, tmp_path):
+    """With z the noisy sample and D its teacher's prediction, to rounding what `Match` says."""
+    teacher = teacher_of(tmp_path, prediction=predicts)
+    run = Distiller(teacher, Match(Progressive(4, 2, **SHORT), predicts="both"), tmp_path / "s", images)
+    t, labels = torch.linspace(0.02, 0.98, 24).double(), torch.arange(24) % 3
+    alpha, sigma = (f(t).float().view(-1, 1, 1, 1) for f in (teacher.schedule.alpha, teacher.schedule.sigma))
+    z = torch.randn(24, 1, 8, 8, generator=torch.Generator().manual_seed(4))
+    d, got = (den.bind(class_labels=labels)(z, t) for den in (teacher, run.student))
+    v = (alpha * z - d) / sigma
+    gain = 4 / (math.pi + 2) * (alpha + sigma)
+    want = {"eps": alpha**2 * d, "x0": sigma**2 * d + alpha * z, "v": alpha * z - sigma * gain * v, "flow": alpha * z}[predicts]
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert run.network.config.out_channels == 2 and run.student.prediction == "both"
+    assert 0.09 < float((gain - 1).square().mean().sqrt()) < 0.11
+
+
+def test_a_student_of_both_is_a_teacher_and_a_checkpoint_like_any_other(images, tmp_path):
+    teacher = fd.load(tiny.checkpoint(tmp_path / "t.safetensors", tiny.network(learned_variance=True)))
+    student = Distiller(teacher, Match(Progressive(4, 2, **SHORT), predicts="both", updates=2), tmp_path / "s", images).run()
+    assert student.prediction == "both" and fd.load(tmp_path / "s").plan.nfe == 2
+    again = Distiller(student, Progressive(4, 2, **SHORT), tmp_path / "a", images)
+    x, t, labels = torch.randn(3, 1, 8, 8), torch.tensor([0.9, 0.5, 0.1]), torch.tensor([0, 1, 2])
+    assert torch.equal(again.student.bind(class_labels=labels)(x, t), student.bind(class_labels=labels)(x, t))
+    back = Distiller(student, Match(Progressive(4, 2, **SHORT), predicts="v"), tmp_path / "v", images)
+    alpha = teacher.schedule.alpha(t.double()).float().view(-1, 1, 1, 1)
+    torch.testing.assert_close(back.student.bind(class_labels=labels)(x, t), alpha * x)  # its output layer starts at zero
+    with pytest.raises(FastdiffError, match="needs learned variance"):
+        fd.sample(student.bind(class_labels=labels), fd.plan("ddpm", student, 3, variance="learned"), seeds=range(3))
 
 
 def test_the_target_is_kept_in_the_datas_range(images, tmp_path):
@@ -86,7 +120,7 @@ def test_what_such_a_student_cannot_have_is_refused(images, tmp_path):
         (Match(Trajectory(2), {"channel_mult": 3}), images, "wrong type"),
         (Match(Trajectory(2), {"model_channels": 33}), images, "multiple of 32"),
         (Match(Trajectory(2), {"channel_mult": [1] * 5}), images, "5 levels halve"),
-        (Match(Trajectory(2), predicts="both"), images, "unknown prediction"),
+        (Match(Trajectory(2), predicts="all"), images, "unknown prediction"),
     ]
     for method, data, said in cases:
         with pytest.raises(FastdiffError, match=said):

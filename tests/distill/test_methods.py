@@ -16,8 +16,9 @@ from fastdiff.distill import ECT, Consistency, Distiller, Guided, Progressive, S
 from fastdiff.distill.guided import contrast
 from fastdiff.distill.method import Batch
 from fastdiff.errors import FastdiffError
+from fastdiff.training.config import TrainConfig
 from fastdiff.training.data import Images, load_images
-from fastdiff.training.trainer import TrainConfig, Trainer
+from fastdiff.training.trainer import Trainer
 
 SCHEDULE = fd.schedule.vp_cosine()
 SHORT = {"updates": 2, "batch": 4}

@@ -5,9 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hub
 import pytest
 import tiny
 import torch
+from diffusers import DDPMScheduler
 from torchrun_worker import method_of
 
 import fastdiff as fd
@@ -36,7 +38,7 @@ def share_beyond(bound, a, b):
 
 @pytest.mark.parametrize(("name", "mode"), [
     ("progressive", "ddp"), pytest.param("trajectory", "ddp", marks=pytest.mark.slow),
-    *(pytest.param(name, "fsdp", marks=pytest.mark.slow) for name in ("progressive", "consistency", "guided", "lora")),
+    *(pytest.param(name, "fsdp", marks=pytest.mark.slow) for name in ("progressive", "consistency", "guided", "lora", "counts")),
 ])  # fmt: skip
 def test_two_processes_are_one_run(name, mode, tmp_path):
     if name == "lora":
@@ -58,11 +60,22 @@ def test_two_processes_are_one_run(name, mode, tmp_path):
         first = next((tmp_path / "one").glob("stage-1-*")).name
         assert farthest(*(fd.load(tmp_path / run / first).network for run in ("one", "two"))) < 1e-5
         assert share_beyond(1e-5, one.network, two.network) < 1e-4
-    if name != "guided":  # whose student has one input more
+    if name not in ("guided", "counts"):  # whose students have one input more
         assert farthest(one.network, fd.load(checkpoint).network) > 1e-4
     assert two.plan == one.plan and not list(tmp_path.glob("two/.*"))
     again = Distiller(fd.load(checkpoint), method, tmp_path / "two", images, settings)  # its parts are ours, its state is whole
     assert again.finished
+
+
+@pytest.mark.slow
+def test_two_processes_teach_a_network_of_diffusers(tmp_path):
+    folder = hub.save(tmp_path / "m", hub.unet(), DDPMScheduler(**hub.VPS))
+    done = torchrun("trajectory", "ddp", folder, tmp_path / "none.npz", tmp_path / "two", 1)
+    assert done.returncode == 0, done.stderr[-2000:]
+    method, _ = method_of("trajectory")
+    one = Distiller(fd.load(folder), method, tmp_path / "one", None, Settings(accumulate=2)).run()
+    assert farthest(one.network, fd.load(tmp_path / "two").network) < 2e-6
+    assert farthest(one.network, fd.load(folder).network) > 1e-5
 
 
 @pytest.mark.slow

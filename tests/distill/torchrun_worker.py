@@ -14,7 +14,7 @@ SHORT = {"updates": 2, "batch": 4}
 METHODS = {
     "progressive": (Progressive(8, 2, **SHORT), 0), "trajectory": (Trajectory(2, calls=2, **SHORT), 0),
     "consistency": (Consistency(inner=4, **SHORT), 0), "guided": (Guided(start=4, steps=2, **SHORT), 0),
-    "lora": (Progressive(8, 2, **SHORT), 4),
+    "lora": (Progressive(8, 2, **SHORT), 4), "counts": (Trajectory(counts=(1, 2), calls=1, **SHORT), 0),
 }  # fmt: skip
 
 

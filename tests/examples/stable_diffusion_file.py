@@ -1,4 +1,7 @@
-"""Stable Diffusion in one file (.safetensors or .ckpt): U-Net and autoencoder; the text conditions come from where you like."""
+"""Stable Diffusion in one file (.safetensors or .ckpt): U-Net and autoencoder; the text conditions come from where you like.
+
+On the command line: `fastdiff sample sd.safetensors --condition text.safetensors --guidance 5`.
+"""
 
 import sys
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
 import fastdiff as fd
@@ -120,6 +121,43 @@ def test_other_schedules(schedule, prediction, tiny_traced):
     den = fd.Denoiser(tiny_traced.denoiser.network, s, prediction, shape=(1, 8, 8))
     plan = fd.plan("unipc-2", den, 5)
     assert difference(engine(replace(tiny_traced, denoiser=den), plan), den.bind(class_labels=LABELS), plan) < CLOSE
+
+
+def test_two_outputs_are_joined_as_in_the_denoiser():
+    import onnxruntime
+
+    from fastdiff.export.graph import FLOAT, Graph, joined, value, weight_tensor
+    from fastdiff.prediction import coefficients
+    from fastdiff.prediction import joined as wanted
+
+    f = torch.randn(2, 6, 3, 3, generator=torch.Generator().manual_seed(0))
+    for alpha, sigma in ((0.6, 0.8), (0.0, 1.0), (1.0, 3.0)):
+        c, g = coefficients("both", alpha, sigma), Graph()
+        g.add("Identity", joined(g, "f", weight_tensor(g, c.c_skip), weight_tensor(g, c.c_out)), into=["v"])
+        model = g.model("joined", [value("f", FLOAT, (2, 6, 3, 3))], [value("v", FLOAT, (2, 3, 3, 3))], 20)
+        run = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        want = wanted(f[:, :3], f[:, 3:], c).numpy()
+        np.testing.assert_allclose(run.run(None, {"f": f.numpy()})[0], want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_network_of_two_outputs():
+    """x0 and eps in one call, joined in the graph, guided too; network.onnx takes a time of each sample's own."""
+    import onnxruntime
+
+    from fastdiff.export.network import network_model, trace
+
+    net = tiny.network(out_channels=2)
+    den = fd.Denoiser(net, fd.schedule.vp_cosine(), "both", shape=(1, 8, 8), time=lambda t: 1000 * t)
+    traced, plan, bound = trace(den), fd.plan("unipc-2", den, 4), den.bind(class_labels=LABELS)
+    assert difference(engine(traced, plan), bound, plan) < CLOSE
+    guided = fd.guide.cfg(bound, 2.0)
+    assert difference(engine(traced, plan, guided), guided, plan, guidance_scale=np.array(2.0, np.float32)) < CLOSE
+    run = onnxruntime.InferenceSession(network_model(traced).SerializeToString(), providers=["CPUExecutionProvider"])
+    x, t = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(1)), np.linspace(0.1, 0.9, 5)
+    got = run.run(None, {"x": x.numpy(), "t": t, "class_labels": LABELS.numpy()})[0]
+    with torch.no_grad():
+        np.testing.assert_allclose(got, bound(x, torch.tensor(t)).numpy(), atol=1e-5)
 
 
 def test_the_graph_holds_the_weights_once_and_little_else(tiny_traced, tiny_denoiser):

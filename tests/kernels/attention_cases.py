@@ -1,35 +1,52 @@
-"""What the launcher of attention asks the compiler for."""
+"""What the launchers of attention, forward and backward, ask the compiler for."""
 
 from cubins import Case
 
+from fastdiff.kernels import attention_backward_triton as b
 from fastdiff.kernels import attention_triton as m
+from fastdiff.kernels.attention import BACKWARD
 
-TENSORS = ("q", "k", "v", "residual", "out")
-STEPS = ("q_steps", "k_steps", "v_steps", "residual_steps", "out_steps")
+TENSORS = {"q", "k", "v", "residual", "out", "dout", "dq", "dk", "dv"}
+FLOATS = {"sums", "deltas"}
+NUMBERS = {"scale": "fp32", "base_two": "fp32", "heads": "i32", "queries": "i32", "keys": "i32"}
 
 
-def case(head, queries, keys, dtype="bf16", channels_first=False, aligned=True):
+def case(kernel, cut, head, title, dtype="bf16", channels_first=False, aligned=True):
     """The contiguous stride is the constant 1, as Triton specialises it: a head's elements, or, channels first, the positions."""
-    cut = m.Blocks.of(head, queries, keys)
     options = cut.options(head)
     steps = ("i32", "i32", "constexpr", "i32") if channels_first else ("i32", "i32", "i32", "constexpr")
-    types = {**dict.fromkeys(TENSORS, f"*{dtype}"), "scale": "fp32", **dict.fromkeys(("heads", "queries", "keys"), "i32")}
-    types |= dict.fromkeys(STEPS, steps)
+    strides = [name for name in kernel.arg_names if name.endswith("_steps")]
+    types = {name: f"*{dtype}" for name in kernel.arg_names if name in TENSORS}
+    types |= {name: "*fp32" for name in kernel.arg_names if name in FLOATS and head <= BACKWARD}
+    divisible = {*types, *strides} if aligned else set()
+    types |= {name: kind for name, kind in NUMBERS.items() if name in kernel.arg_names} | dict.fromkeys(strides, steps)
     constants = {k: v for k, v in options.items() if not k.startswith("num_")} | {"UPCAST": False}
-    constants |= {(name, steps.index("constexpr")): 1 for name in STEPS}
-    title = f"attend {head} {queries}x{keys} {dtype}{' channels first' if channels_first else ''}{' aligned' if aligned else ''}"
-    divisible = {*TENSORS, *STEPS} if aligned else set()
-    return Case(title, m.attend, types, constants, cut.warps, divisible, cut.stages)
+    constants |= {(name, steps.index("constexpr")): 1 for name in strides}
+    title = f"{title} {dtype}{' channels first' if channels_first else ''}{' aligned' if aligned else ''}"
+    return Case(title, kernel, types, constants, cut.warps, divisible, cut.stages)
+
+
+def forward(head, queries, keys, *how, **more):
+    return case(m.attend, m.Blocks.of(head, queries, keys), head, f"attend {head} {queries}x{keys}", *how, **more)
+
+
+def backward(head, *how, **more):
+    for kernel, cut in ((b.of_queries, b.OF_QUERIES), (b.of_keys, b.OF_KEYS)):
+        yield case(kernel, cut, head, f"{kernel.fn.__name__} {head}", *how, **more)
 
 
 def cases(everything):
-    yield case(40, 4096, 4096)
-    yield case(80, 1024, 128)
-    yield case(160, 256, 256)
+    yield forward(40, 4096, 4096)
+    yield forward(80, 1024, 128)
+    yield forward(160, 256, 256)
+    yield from backward(80)
     if everything:
         for head in (8, 16, 24, 40, 48, 64, 72, 80, 96, 112, 128, 136, 160, 192, 200, 256):
-            for queries, keys in ((4096, 4096), (1024, 1024), (256, 256), (128, 128), (64, 64), (1024, 77)):
-                for channels_first in (False, True):
-                    yield case(head, queries, keys, channels_first=channels_first)
-        yield case(40, 1024, 1024, "fp16", aligned=False)
-        yield case(80, 1001, 77, "fp16", aligned=False)
+            for channels_first in (False, True):
+                for queries, keys in ((4096, 4096), (1024, 1024), (256, 256), (128, 128), (64, 64), (1024, 77)):
+                    yield forward(head, queries, keys, channels_first=channels_first)
+                if head <= 128:
+                    yield from backward(head, channels_first=channels_first)
+        yield forward(40, 1024, 1024, "fp16", aligned=False)
+        yield forward(80, 1001, 77, "fp16", aligned=False)
+        yield from backward(40, "fp16", aligned=False)

@@ -9,7 +9,8 @@ import pytest
 if PRESENT := importlib.util.find_spec("triton") is not None:
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"
-    for name in ("group_norm_triton", "group_norm_backward_triton", "combine_triton", "attention_triton"):
+    ops = ("group_norm_triton", "group_norm_backward_triton", "combine_triton", "attention_triton", "attention_backward_triton")
+    for name in ops:
         importlib.import_module(f"fastdiff.kernels.{name}")
 
     if before is None:

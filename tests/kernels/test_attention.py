@@ -8,8 +8,12 @@ from fastdiff import ops
 from fastdiff.errors import FastdiffError
 from fastdiff.kernels import attention as m
 
-op = torch.ops.fastdiff.attention
+fused = torch.ops.fastdiff
 QUICK = ("test_schema", "test_autograd_registration", "test_faketensor")
+
+
+def op(*given):
+    return fused.attention(*given)[0]
 
 
 def tensors(queries=5, keys=3, head=4, dtype=torch.float32, batch=2):
@@ -33,9 +37,30 @@ def test_gradients_against_finite_differences():
     assert torch.autograd.gradcheck(lambda *x: op(*x, 0.7), given)
 
 
+def test_the_backward_op_is_what_autograd_finds():
+    """The op that stands for the kernels, by its formulas; where torch runs there are no sums to save."""
+    q, k, v, dout = tensors()
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out, sums = fused.attention(*leaves, None, 0.7)
+    assert sums.shape == (0,) and not sums.requires_grad
+    got = fused.attention_backward(dout, *(x.detach() for x in leaves), out.detach(), sums, 0.7)
+    torch.testing.assert_close(got, torch.autograd.grad(out, leaves, dout))
+    assert [x.stride() for x in got] == [m.like(x).stride() for x in (q, k, v)]
+
+
+def test_heads_that_the_backward_leaves_to_torch(monkeypatch):
+    monkeypatch.setattr(m, "missing_triton", lambda device: None)
+    q, k, v, dout = tensors(head=136, dtype=torch.float16)
+    assert m.why_not(q, k, v) is None and "heads up to 128; given 136" in m.why_not_backward(dout, q, k, v)
+    assert m.why_not_backward(*(x[..., :128] for x in (dout, q, k, v))) is None
+
+
 @pytest.mark.parametrize("utils", [QUICK, pytest.param("test_aot_dispatch_dynamic", marks=pytest.mark.slow)])
 def test_opcheck(utils):
-    torch.library.opcheck(op.default, (*(x.requires_grad_() for x in tensors()), 0.7), test_utils=utils)
+    torch.library.opcheck(fused.attention.default, (*(x.requires_grad_() for x in tensors()), 0.7), test_utils=utils)
+    q, k, v, dout = tensors()
+    given = (dout, q, k, v, dout, torch.empty(0), 0.7)
+    torch.library.opcheck(fused.attention_backward.default, given, test_utils=utils)
 
 
 @pytest.mark.parametrize(

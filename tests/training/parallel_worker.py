@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 
+from fastdiff.training.config import TrainConfig
 from fastdiff.training.data import load_images
-from fastdiff.training.trainer import TrainConfig, Trainer
+from fastdiff.training.trainer import Trainer
 
 NETWORK = {"model_channels": 32, "channel_mult": [1], "num_res_blocks": 1, "attention": [], "head_channels": 32}
 

@@ -14,8 +14,9 @@ import fastdiff as fd
 from fastdiff.errors import FastdiffError
 from fastdiff.parallel import World
 from fastdiff.training import trainer as trainer_module
+from fastdiff.training.config import TrainConfig
 from fastdiff.training.data import load_images
-from fastdiff.training.trainer import TrainConfig, Trainer
+from fastdiff.training.trainer import Trainer
 
 WORKER = Path(__file__).with_name("parallel_worker.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

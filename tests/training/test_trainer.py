@@ -17,9 +17,10 @@ import fastdiff as fd
 from fastdiff.errors import FastdiffError
 from fastdiff.prediction import PREDICTIONS
 from fastdiff.schedule import FAMILIES
+from fastdiff.training.config import TrainConfig
 from fastdiff.training.data import batch_indices, load_images
 from fastdiff.training.losses import sample_times, weights
-from fastdiff.training.trainer import TrainConfig, Trainer
+from fastdiff.training.trainer import Trainer
 
 NETWORK = {"model_channels": 32, "channel_mult": [1], "num_res_blocks": 1, "attention": [], "head_channels": 32}
 SCHEDULES = {
@@ -120,7 +121,7 @@ def test_a_run_with_other_images_or_a_damaged_state_is_not_resumed(tmp_path, dat
 
 
 @pytest.mark.parametrize("weighting", ["simple", "edm", "min_snr"])
-@pytest.mark.parametrize("prediction", ["eps", "x0", "v", "flow", "edm"])
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v", "flow", "edm", pytest.param("both", marks=pytest.mark.slow)])
 def test_the_loss_falls(tmp_path, data, prediction, weighting):
     """On one fixed set of times and noises, so that the draws of single steps do not decide."""
     trainer = Trainer(config(prediction=prediction, weighting=weighting, lr=4e-3), data, tmp_path)
@@ -134,6 +135,19 @@ def test_the_loss_falls(tmp_path, data, prediction, weighting):
         trainer.train_step()
     assert loss() < 0.8 * before, f"{before} -> {loss()}"
     assert not trainer.skipped
+
+
+def test_a_network_of_both_has_twice_the_channels_and_the_loss_of_the_v_they_make(tmp_path, data):
+    trainer = Trainer(config(prediction="both"), data, tmp_path)
+    assert trainer.network.config.out_channels == 2
+    material = trainer._material(torch.Generator().manual_seed(0))
+    trainer.shared = lambda x, t, **cond: torch.cat([material.x0, material.eps], 1)  # the truth
+    assert float(trainer.loss(torch.Generator().manual_seed(0))) < 1e-12
+    trainer.shared = lambda x, t, **cond: torch.cat([material.x0 + 1, material.eps], 1)  # v is off by sigma
+    expected = material.sigma.square().mean()
+    torch.testing.assert_close(trainer.loss(torch.Generator().manual_seed(0)), expected)
+    with pytest.raises(FastdiffError, match="leave out vlb"):
+        config(prediction="both", vlb=0.001)
 
 
 def test_a_trained_network_denoises(tmp_path, data):
@@ -316,3 +330,25 @@ def test_no_null_class_and_no_dropout_trains(tmp_path, data):
     trainer = Trainer(config(label_dropout=0.0, network={**NETWORK, "null_class": False}), data, tmp_path)
     trainer.train_step()
     assert trainer.network.null_label is None
+
+
+@pytest.mark.slow
+def test_the_compiled_network_learns_alike(tmp_path, data):
+    losses = []
+    for compiled in (False, True):
+        trainer = Trainer(config(), data, tmp_path / str(compiled))
+        if compiled:
+            trainer.compile()
+            assert trainer.step == 0 and all(p.grad is None for p in trainer.network.parameters())
+        losses.append([trainer.train_step() for _ in range(5)])
+        trainer.save()
+    np.testing.assert_allclose(*losses, rtol=1e-3)
+    assert fd.load(tmp_path / "True").info["network"] == fd.load(tmp_path / "False").info["network"]
+
+
+def test_what_cannot_be_compiled_is_one_line(tmp_path, data, monkeypatch):
+    with pytest.raises(FastdiffError, match="dropout anew in every step: leave out --compile"):
+        Trainer(config(network={**NETWORK, "dropout": 0.1}), data, tmp_path).compile()
+    monkeypatch.setattr(torch, "compile", lambda module: lambda *inputs: 1 / 0)
+    with pytest.raises(FastdiffError, match=r"torch.compile failed \(division by zero\): leave out --compile"):
+        Trainer(config(), data, tmp_path).compile()

@@ -8,8 +8,9 @@ import torch
 
 import fastdiff as fd
 from fastdiff.errors import FastdiffError
+from fastdiff.training.config import TrainConfig
 from fastdiff.training.data import load_images
-from fastdiff.training.trainer import TrainConfig, Trainer
+from fastdiff.training.trainer import Trainer
 from fastdiff.training.variance import bound
 
 SCHEDULE = fd.schedule.vp_cosine()

@@ -1,0 +1,137 @@
+"""The Triton kernels of attention's backward, in the interpreter against float64; what they compile to is asked beside the
+forward's (test_attention_triton)."""
+
+import contextlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from attention_inputs import DTYPES, draw, guarded, needs_loops, tensors, whole
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastdiff.kernels import attention as m
+
+
+@pytest.fixture(scope="module")
+def kernel():
+    needs_loops()
+    from fastdiff.kernels import attention_backward_triton
+
+    return attention_backward_triton
+
+
+@pytest.fixture
+def small(kernel, monkeypatch):
+    """Tiles so small that few positions make several."""
+    for name in ("OF_QUERIES", "OF_KEYS"):
+        monkeypatch.setattr(kernel, name, kernel.Blocks(16, 16, 4, 1))
+
+
+def gradients(q, k, v, dout, scale=None):
+    """By torch, in the inputs' dtype."""
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    return torch.autograd.grad(F.scaled_dot_product_attention(*leaves, scale=scale), leaves, dout)
+
+
+def agree(kernel, q, k, v, dout, scale=None):
+    """Each against float64: at most twice torch's own error in that dtype, plus one unit of rounding."""
+    from fastdiff.kernels.attention_triton import forward
+
+    out, sums = forward(q, k, v, None, scale)
+    got = kernel.backward(dout, q, k, v, out, sums, scale)
+    exact = gradients(*(x.double() for x in (q, k, v, dout)), scale)
+    for x, mine, own, right in zip((q, k, v), got, gradients(q, k, v, dout, scale), exact, strict=True):
+        assert mine.shape == x.shape and mine.dtype == x.dtype and mine.stride() == m.like(x).stride()
+        allowed = 2 * (own.double() - right).abs().max() + torch.finfo(x.dtype).eps * right.abs().max()
+        assert (mine.double() - right).abs().max() <= allowed
+
+
+def given_for(batch, heads, queries, keys, head, dtype=torch.float16):
+    q, k, v = tensors(batch, heads, queries, keys, head, dtype)
+    return q, k, v, draw(batch, heads, queries, head, seed=7, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("head", "queries", "keys"), [(8, 16, 16), (40, 20, 37), (80, 37, 5), (128, 17, 33), (72, 19, 48)])
+def test_gradients(kernel, small, dtype, head, queries, keys):
+    agree(kernel, *given_for(1, 1, queries, keys, head, dtype))
+
+
+@pytest.mark.parametrize("head", [40, 80])
+def test_the_tiles_of_a_gpu(kernel, head):
+    agree(kernel, *given_for(1, 2, 70, 70, head), 0.3)
+
+
+@pytest.mark.parametrize("logit", [300, -300])
+def test_scores_that_would_overflow(kernel, small, logit):
+    """Far from 0 for every key alike: exp of them would be infinite, or, below, of those beyond the last key."""
+    q, k, v, dout = given_for(1, 1, 20, 40, 16)
+    q[..., 0], k[..., 0] = 20, logit / 5
+    agree(kernel, q, k, v, dout)
+
+
+def test_views_are_read_in_place(kernel, small):
+    """Parts of a fused projection, channels first and last, and a gradient that is one number everywhere."""
+    rows = draw(2, 9, 3 * 2 * 16, seed=1, dtype=torch.float16)
+    q, k, v = (x.unflatten(-1, (2, 16)).transpose(1, 2) for x in rows.chunk(3, -1))
+    agree(kernel, q, k, v, draw(2, 9, 2, 16, seed=2, dtype=torch.float16).transpose(1, 2))
+    columns = rows.transpose(1, 2).contiguous()
+    q, k, v = (x.transpose(-1, -2) for x in columns.view(2, 3, 2, 16, 9).unbind(1))
+    agree(kernel, q, k, v, torch.ones((), dtype=torch.float16).expand(2, 2, 9, 16))
+
+
+def test_two_runs_and_a_sample_alone_have_the_same_bits(kernel, small):
+    from fastdiff.kernels.attention_triton import forward
+
+    q, k, v, dout = given_for(2, 1, 20, 35, 40)
+    out, sums = forward(q, k, v, None, None)
+    both = kernel.backward(dout, q, k, v, out, sums, None)
+    again = kernel.backward(dout, q, k, v, out, sums, None)
+    alone = kernel.backward(*(x[1:] for x in (dout, q, k, v, out, sums)), None)
+    for x, y, z in zip(both, again, alone, strict=True):
+        assert torch.equal(x, y) and torch.equal(x[1:], z)
+
+
+def test_no_access_outside(kernel, small, monkeypatch):
+    """Every tensor lies between walls of NaN: what is read beyond one poisons a result, what is written breaks a wall."""
+    from fastdiff.kernels.attention_triton import forward
+
+    q, k, v, dout = given_for(1, 1, 21, 35, 24)
+    walls = [guarded(x) for x in (q, k, v, dout, *forward(q, k, v, None, None))]
+    for name, owner in (("like", kernel), ("empty_like", torch)):
+        make = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda x, make=make: walls.append(guarded(make(x).zero_())) or walls[-1][1])
+    q, k, v, dout, out, sums = (inner for _, inner in walls)
+    got = kernel.backward(dout, q, k, v, out, sums, None)
+    monkeypatch.undo()
+    for mine, right in zip(got, gradients(q, k, v, dout), strict=True):
+        torch.testing.assert_close(mine, right, rtol=5e-3, atol=5e-3)
+    assert len(walls) == 10 and whole(walls)
+
+
+@pytest.mark.parametrize("added", [False, True])
+def test_the_registered_op_goes_back_by_them(kernel, small, monkeypatch, added):
+    """As on a GPU: the op's own forward, autograd and backward, with the kernels behind them."""
+    ran = []
+    monkeypatch.setattr(m, "why_not", lambda *tensors: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    run = kernel.backward
+    monkeypatch.setattr(kernel, "backward", lambda *inputs: ran.append(1) or run(*inputs))
+    q, k, v, dout = given_for(1, 2, 20, 18, 40)
+    residual = (100 * dout).requires_grad_() if added else None  # a result rounded at 100 would give another delta
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out, _ = torch.ops.fastdiff.attention(*leaves, residual, None)
+    got = torch.autograd.grad(out, [*leaves, *([residual] if added else [])], dout)
+    exact = gradients(*(x.detach().double() for x in (q, k, v, dout)))
+    for mine, right in zip(got, exact, strict=False):
+        assert (mine.double() - right).abs().max() <= 4e-3 * right.abs().max()
+    assert ran == [1] and (not added or torch.equal(got[3], dout))
+
+
+@pytest.mark.slow
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_any_shape(kernel, data):
+    sizes = [data.draw(st.integers(1, n)) for n in (2, 3, 80, 80)]
+    agree(kernel, *given_for(*sizes, data.draw(st.integers(8, m.BACKWARD)), data.draw(st.sampled_from(DTYPES))))
