@@ -36,6 +36,12 @@ def best_lines(cells: list[dict[str, Any]]) -> list[str]:
     return [*kept[: MOST_LINES - 1], ddim] if ddim in ranked and ddim not in kept else kept
 
 
+def best_sde_line(cells: list[dict[str, Any]], key: str) -> list[str]:
+    """The stochastic line whose set is the best at any NFE, where there is one: no paired error ranks it."""
+    rows = [row for row in cells if row.get("stochastic") and row.get(key) is not None]
+    return [min(rows, key=lambda row: float(row[key]))["line"]] if rows else []
+
+
 def frontier(record: dict[str, Any], path: Path) -> None:
     """Paired error, and the distance to real data where a judge was there, against network calls."""
     from matplotlib.figure import Figure
@@ -45,7 +51,7 @@ def frontier(record: dict[str, Any], path: Path) -> None:
     titles = {"fid": "FID", "fd_clf": "FD-clf", "kid_clf": "KID-clf", "kid_inception": "KID-inception"}
     panels += [(k, n) for k, n in titles.items() if any(r.get(k) is not None for r in cells)][:1]
     figure = Figure(figsize=(5.6 * len(panels), 4.6), layout="constrained")
-    names = best_lines(cells)
+    names = [*best_lines(cells), *best_sde_line(cells, panels[-1][0])]
     for i, (key, title) in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), i + 1, xlabel="network calls per image", title=title)
         rows = [c for c in cells if c.get(key) is not None]

@@ -178,6 +178,13 @@ def test_guidance_counts_both_calls_and_labels_go_in_turn(tmp_path):
     assert run.records[0]["network_calls"] == 6 and run.records[0]["nfe"] == 3
 
 
+def test_the_frontier_has_the_best_sde_line_too():
+    rows = [("ddim", 5, 3.0, False), ("sa-solver", 10, 2.0, True), ("ddpm", 20, 2.5, True), ("sa-solver", 20, 4.0, True)]
+    cells = [{"line": line, "nfe": nfe, "kid_clf": kid, "stochastic": sde} for line, nfe, kid, sde in rows]
+    assert pictures.best_sde_line(cells, "kid_clf") == ["sa-solver"]
+    assert pictures.best_sde_line(cells, "fid") == pictures.best_sde_line(cells[:1], "kid_clf") == []
+
+
 def test_records_pictures_and_report_are_written(bench, tmp_path):
     record = results.collect(bench)
     out = tmp_path / "out"
