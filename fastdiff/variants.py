@@ -46,12 +46,12 @@ class Variant:
         Raises:
             FastdiffError: the network is no torch module, or the processor has no instructions for bfloat16.
         """
+        if self == PLAIN:
+            return denoiser
         if not isinstance(denoiser.network, nn.Module):
             raise FastdiffError(f"only a torch module has variants; this network is a {type(denoiser.network).__name__}")
         if self.bf16 and denoiser.device.type == "cpu" and not has_bf16():
             raise FastdiffError("this processor has no instructions for bfloat16")
-        if self == PLAIN:
-            return denoiser
         other = copy.copy(denoiser)
         network: Any = copy.deepcopy(denoiser.network)
         other.network = network
