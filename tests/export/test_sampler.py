@@ -40,9 +40,13 @@ def difference(run, denoiser, plan, labels=LABELS, **feed):
     return float(np.abs(x - want.numpy()).max() / max(1.0, float(want.abs().max())))
 
 
+# the grids of their papers: on the recommended ones a network of random weights multiplies roundings to more than the bound
+GRIDS = {"dpm-solver-3s": "uniform_lambda", "dpm-fast": "uniform_lambda", "pndm": "uniform_t"}
+
+
 @pytest.mark.parametrize("solver", list(fd.list_solvers()))
 def test_every_solver(solver, tiny_traced, tiny_denoiser):
-    plan = fd.plan(solver, tiny_denoiser, 6)
+    plan = fd.plan(solver, tiny_denoiser, 6, grid=GRIDS.get(solver))
     # eps forms cancel weights that are hundreds of times their sum, and eight float32 roundings of the largest stay
     largest = max(sum(map(abs, w.values)) for row in plan.rows for w in (row.next, row.base))
     close = max(CLOSE, 8 * 2.0**-24 * largest)

@@ -349,6 +349,6 @@ def test_the_compiled_network_learns_alike(tmp_path, data):
 def test_what_cannot_be_compiled_is_one_line(tmp_path, data, monkeypatch):
     with pytest.raises(FastdiffError, match="dropout anew in every step: leave out --compile"):
         Trainer(config(network={**NETWORK, "dropout": 0.1}), data, tmp_path).compile()
-    monkeypatch.setattr(torch, "compile", lambda module: lambda *inputs: 1 / 0)
+    monkeypatch.setattr(torch, "compile", lambda module: lambda *inputs, **cond: 1 / 0)
     with pytest.raises(FastdiffError, match=r"torch.compile failed \(division by zero\): leave out --compile"):
         Trainer(config(), data, tmp_path).compile()
