@@ -33,6 +33,13 @@ def pixels(path, **more):
     return path
 
 
+def flat_pixels(path, **more):
+    """As `latents`."""
+    flat = np.random.default_rng(0).integers(0, 255, (COUNT, 1, 1, 3), dtype=np.uint8)
+    np.savez(path, x=flat.repeat(8, 1).repeat(8, 2), **more)
+    return path
+
+
 def latents(path, **more):
     """Flat ones: there is something to learn in few steps."""
     flat = np.random.default_rng(0).standard_normal((COUNT, 4, 1, 1), np.float32)
@@ -132,12 +139,12 @@ def of_k_diffusion(folder, kind, form):
 
 
 def kdiffusion_unet(folder):
-    return of_k_diffusion(folder, "U-Net", ".safetensors"), pixels(folder / "x.npz"), None, {"times": "lognormal"}
+    return of_k_diffusion(folder, "U-Net", ".safetensors"), flat_pixels(folder / "x.npz"), None, {"times": "lognormal"}
 
 
 def kdiffusion_classes(folder):
     """Of a .pth, whose averaged weights are gone on from."""
-    data = pixels(folder / "x.npz", y=np.arange(COUNT) % 4)
+    data = flat_pixels(folder / "x.npz", y=np.arange(COUNT) % 4)
     return of_k_diffusion(folder, "transformer of classes", ".pth"), data, None, {"times": "lognormal", "label_dropout": 0.3}
 
 
