@@ -10,7 +10,7 @@ import numpy as np
 from .. import files
 from ..errors import FastdiffError
 
-MOST_LINES = 8  # more lines than that cannot be told apart
+MOST_LINES = 8  # more lines than that, and the best SDE line, cannot be told apart
 MOST_BLOCKS = 5
 PIXELS = 56  # the side of one sample in the picture
 

@@ -151,7 +151,6 @@ def trained(training: dict[str, Any]) -> dict[str, str]:
     return {"machine": f"one {training['device']}", "how": how + " --bf16" * training["bf16"], "begun": begun}
 
 
-
 def students(denoiser: Denoiser, what: str, data: Path | None, work: Path, out: Path) -> None:
     """One of the stages of `distilled`."""
     if what == "teacher":

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 Checkpoint = Annotated[str, typer.Argument(help=CHECKPOINT_HELP)]
 AGAIN = 2048  # images that the full preset measures the best lines with
-BEST = 1  # lines per NFE that the full preset measures again with 2,048 images, at few calls, where they still differ
+BEST = 1  # lines per NFE that it measures so, at few calls, where they still differ
 FEW = 10
 
 
@@ -59,8 +59,7 @@ def bench(
     if (out / "cells").exists() and not resume:
         raise FastdiffError(f"{out} holds results already: give --resume to go on there, or another --out")
     if solvers or grids:
-        names = _names(solvers) or ["ddim", "dpmpp-2m", "unipc-3"]
-        chosen = cells(names, _names(grids) or None, _numbers(nfe))
+        chosen = cells(_names(solvers) or ["ddim", "dpmpp-2m", "unipc-3"], _names(grids) or None, _numbers(nfe))
     else:
         chosen = quick_cells() if preset == "quick" else full_cells()
     count = n or (128 if preset == "quick" else 256)

@@ -8,7 +8,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 console = Console()
 errors = Console(stderr=True)
 CHECKPOINT_HELP = "a checkpoint's file or folder (README: what is read), or a shipped model"
-
 CONDITION_HELP = "what a network without its text encoders is told: .safetensors, tensors by the network's names for them"
 
 

@@ -141,7 +141,7 @@ def parse_classes(text: str | None, names: tuple[str, ...]) -> list[int] | None:
     return _once(labels, "--classes")
 
 
-def requests(seeds: list[int], classes: list[int] | None, names: tuple[str, ...]) -> list[Request]:
+def requests(seeds: Sequence[int], classes: list[int] | None, names: tuple[str, ...]) -> list[Request]:
     """Every seed in every class named, class by class; without --classes, seed s in class s mod their number."""
     if classes is None or not names:
         return in_turn(seeds, None, names)

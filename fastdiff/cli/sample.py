@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -68,10 +69,10 @@ def sample(
     fixed = {"--solver": solver, "--nfe": nfe, "--grid": grid, "--end": end}
     check_together(fixed, {"--rtol": rtol, "--atol": atol}, plan, adaptive)
     check_kind(n, {"--seeds": seeds, "--scale": scale}, {"--format": layout, "--shard": shard})
-    numbers = parse_seeds(SEEDS if seeds is None else seeds)
+    numbers: Sequence[int] = range(n) if n else parse_seeds(SEEDS if seeds is None else seeds)
     world = World() if n is None else join()
     where = check_device(device or world.device)
-    denoiser, conditions = conditioned(load(checkpoint).to(where), prompt, condition, n or len(numbers))
+    denoiser, conditions = conditioned(load(checkpoint).to(where), prompt, condition, len(numbers))
     names = class_names(denoiser, checkpoint)
     labels = parse_classes(classes, names)
     _check_network(denoiser, guidance, n)
@@ -79,14 +80,12 @@ def sample(
     size = batch or BATCH.get(where.type, BATCH["cuda"])
     most = min(size, n or len(numbers) * len(labels or [0])) * (1 if guidance == 1.0 else 2)
     denoiser, how = varied(denoiser, variant, compile, most, world)
-    rows = {} if conditions is None else conditions.places(range(n) if n else numbers)
-    make = Maker(denoiser, method, guidance, conditions, rows)
+    make = Maker(denoiser, method, guidance, conditions, {} if conditions is None else conditions.places(numbers))
     if n is None:
-        columns = None if classes is None else len(numbers)
-        _draw(out, make, requests(numbers, labels, names), size, scale or 1, columns)
+        _draw(out, make, requests(numbers, labels, names), size, scale or 1, None if classes is None else len(numbers))
     else:
-        about = {"checkpoint": denoiser.hash or checkpoint, "guidance": guidance, "prompt": prompt, "classes": labels, **how}
-        about |= {} if conditions is None else {"condition": conditions.hash}
+        about = {"checkpoint": denoiser.hash or checkpoint, "guidance": guidance, "prompt": prompt, "classes": labels}
+        about |= how if conditions is None else {**how, "condition": conditions.hash}
         work = Work(n, shard or SHARD, LAYOUTS[layout or "npz"], partial(in_turn, classes=labels, names=names),
                     method.identity | about)  # fmt: skip
         _stream(out, make, work, size, world)

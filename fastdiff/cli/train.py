@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from ..checkpoints.conditions import Conditions
     from ..denoiser import Denoiser
+    from ..training.config import TrainConfig
     from ..training.data import Images
     from ..training.trainer import Trainer
 
@@ -54,32 +55,24 @@ def train(
     """Train a U-Net, or the network of --from, also under torchrun; the same command goes on where an interrupted run stopped."""
     import torch
 
-    from ..errors import FastdiffError
     from ..parallel import join
-    from ..training.config import TrainConfig, continuing
+    from ..training.config import TrainConfig
     from ..training.data import load_images
     from ..training.trainer import Trainer
     from .requests import check_device
 
     if threads:
         torch.set_num_threads(threads)
-    schedule_config = parse_settings("--schedule", schedule if schedule.startswith("{") else json.dumps({"name": schedule}))
-    network_config = parse_settings("--network", network)
+    named = schedule if schedule.startswith("{") else json.dumps({"name": schedule})
     config = TrainConfig(
-        steps, batch, lr, warmup, schedule_config, prediction, weighting, times, time_scale or None, ema,
-        label_dropout, clip, bf16, seed, network_config, vlb=vlb, vlb_steps=vlb_steps,
+        steps, batch, lr, warmup, parse_settings("--schedule", named), prediction, weighting, times, time_scale or None, ema,
+        label_dropout, clip, bf16, seed, parse_settings("--network", network), vlb=vlb, vlb_steps=vlb_steps,
     )  # fmt: skip
     check_folder(out)
-    if source is not None and network_config:
-        raise FastdiffError("--from brings its network: leave out --network")
     images = load_images(data, size, latents=True)
     where = check_device(device or join().device)
-    start, conditions = beginning(source, condition, images, out, where)
-    if start is not None:
-        config = continuing(config, start, conditions)
+    config, start, conditions = beginning(config, source, condition, images, out, where)
     trainer = Trainer(config, images, out, start, conditions, where)
-    if trainer.step and trainer.world.first:
-        say(f"resuming {out} at step {trainer.step} of {steps}")
     if compile:
         trainer.compile()
     run(trainer, save_every)
@@ -90,21 +83,26 @@ def train(
 
 
 def beginning(
-    source: str | None, condition: Path | None, images: Images, out: Path, where: torch.device
-) -> tuple[Denoiser | None, Conditions | None]:
-    """The checkpoint to go on from, for samples of the images' shape, and what its network is told of each image."""
+    config: TrainConfig, source: str | None, condition: Path | None, images: Images, out: Path, where: torch.device
+) -> tuple[TrainConfig, Denoiser | None, Conditions | None]:
+    """The configuration of a run that begins with `source`, that checkpoint for samples of the images' shape, and what its
+    network is told of each image."""
     from ..checkpoints import load
     from ..checkpoints.conditions import read_conditions
     from ..errors import FastdiffError
+    from ..training.config import continuing
 
     if source is None:
         if condition is not None:
             raise FastdiffError("--condition belongs to the network of --from: add it, or leave out --condition")
-        return None, None
+        return config, None, None
+    if config.network:
+        raise FastdiffError("--from brings its network: leave out --network")
     if Path(source).resolve() in (out.resolve(), (out / "model.safetensors").resolve()):
         raise FastdiffError(f"--out {out} is the checkpoint of --from, which would be overwritten: choose another folder")
     start = load(source, shape=images.x.shape[1:]).to(where)
-    return start, None if condition is None else read_conditions(condition, start, len(images.x), "image")
+    conditions = None if condition is None else read_conditions(condition, start, len(images.x), "image")
+    return continuing(config, start, conditions), start, conditions
 
 
 def run(trainer: Trainer, save_every: float) -> None:

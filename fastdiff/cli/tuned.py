@@ -123,9 +123,9 @@ def _excess(real: np.ndarray, mine: np.ndarray, best: np.ndarray, converged: np.
     """FD-clf beyond the converged ODE's, of the tuned and of the hand-made plan, with intervals; and `fd_from_converged_*`, how
     far their sets lie from the converged ODE's own.
 
-    A plan whose errors sharpen images may lie nearer to the data than the network it samples: a small or negative excess is then
-    no small error, and the second figure tells the two apart. The bootstrap redraws the same seeds for all three: repeated rows
-    bias every distance upwards, and alike, so that the difference of two keeps little of it.
+    A plan whose errors happen to lead towards the data may lie nearer to it than the network it samples: a small or negative
+    excess is then no small error, and the second figure tells the two apart. The bootstrap redraws the same seeds for all three:
+    repeated rows bias every distance upwards, and alike, so that the difference of two keeps little of it.
     """
     rng, n = np.random.default_rng(0), len(mine)
 
