@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# a test runs on one thread, so the processors share the tests
+PYTEST := $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist worksteal
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install --quiet -c constraints.txt
 
 .DEFAULT_GOAL := help
@@ -23,10 +25,10 @@ demo: $(STAMP)  ## the shipped model: solvers compared, one figure, one table
 	$(BIN)/fastdiff demo
 
 test: $(STAMP)  ## the tests without the slow ones
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(STAMP)  ## all tests
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

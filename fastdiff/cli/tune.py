@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 VALIDATION_SEED, TRAIN_SEED = 1_000_000, 2_000_000  # far from the seeds that people look at and benchmark
 FREEDOMS = ("nodes", "coefficients", "full")
+STEPS = 300  # of Adam; the shipped plans' number
+CHOICE = 64  # validation pairs that choose where to start: starts differ by far more than this many pairs' noise
 SHOWN = 16  # seeds in the picture
 
 
@@ -57,7 +59,7 @@ def tune(
         raise FastdiffError(f"--freedom must be one of {', '.join(FREEDOMS)}; given {freedom!r}")
     if not search and pairs < batch:
         raise FastdiffError(f"--pairs {pairs} is less than one batch of {batch}: give more pairs or a smaller --batch")
-    config = TuneConfig(steps or 250, batch, lr, seed, relax=relax, distribution=distribution, checkpointing=checkpointing)
+    config = TuneConfig(steps or STEPS, batch, lr, seed, relax=relax, distribution=distribution, checkpointing=checkpointing)
     denoiser = load(checkpoint)
     validates = [Setup(validation, VALIDATION_SEED, scale) for scale in scales]
     if search:
@@ -67,7 +69,7 @@ def tune(
     trains = [Setup(pairs, TRAIN_SEED, scale) for scale in scales]
     found = _pairs(denoiser, [*trains, *validates], cache)
     train, held = found[: len(scales)], found[len(scales) :]
-    table, to_beat = best_table(tables, [] if start else rivals(denoiser.schedule, nfe), held)
+    table = best_table(tables, held)
     state = out.with_suffix(".state.json" if derivative_free else ".state.pt")
     from ..tuning import NodeSearch, SolverNodes, Tuner
 
@@ -79,7 +81,8 @@ def tune(
         tuner = Tuner(table, train, held, config, state)
         if tuner.step:
             say(f"resuming at step {tuner.step} of {config.steps}")
-    finish(tuner, steps or (120 if derivative_free else 250), budget, to_beat, out)
+    to_beat = best_known(tuner, [] if start else rivals(denoiser.schedule, nfe))
+    finish(tuner, steps or (120 if derivative_free else STEPS), budget, to_beat, out)
 
 
 def finish(tuner: Tuner | NodeSearch, steps: int, budget: float, to_beat: tuple[str, float], out: Path) -> None:
@@ -194,14 +197,19 @@ def tables_of(schedule: NoiseSchedule, nfe: int, freedom: str, pairs: list[tuple
     return [LearnedTable(plan(s, schedule, nfe, grid=g), schedule, freedom, f"{s} · {g}") for s, g in pairs]
 
 
-def best_table(tables: list[Table], others: list[Plan], pairs: list[Pairs]) -> tuple[Table, tuple[str, float]]:
-    """The table whose plan has the smallest validation error as it stands, and the best plan of all with its error."""
+def best_table(tables: list[Table], pairs: list[Pairs]) -> Table:
+    """The table whose plan has the smallest error as it stands, on the first `CHOICE` validation pairs of each scale."""
     from ..tuning import rmse_of
 
-    errors = [rmse_of(t.plan("start", {}), pairs) for t in tables]
-    best = min(range(len(tables)), key=errors.__getitem__)
-    found = [(tables[best].label, errors[best]), *((p.name, rmse_of(p, pairs)) for p in others)]
-    return tables[best], min(found, key=lambda item: item[1])
+    return min(tables, key=lambda table: rmse_of(table.plan("start", {}), pairs, CHOICE)) if len(tables) > 1 else tables[0]
+
+
+def best_known(tuner: Tuner | NodeSearch, others: list[Plan]) -> tuple[str, float]:
+    """The best plan before any training, with its validation error: the tuner's start or one of the others."""
+    from ..tuning import rmse_of
+
+    found = [(p.name, rmse_of(p, tuner.validation)) for p in others]
+    return min([(tuner.table.label, tuner.start.rmse), *found], key=lambda item: item[1])
 
 
 def parse_scales(text: str) -> list[float]:

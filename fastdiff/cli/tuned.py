@@ -27,11 +27,11 @@ from ..shipped import FASHION_MNIST, write_hashed
 from ..tuning import Pairs, TuneConfig, Tuner, make_pairs, provenance, starts
 from ..tuning.search import candidates, halving
 from .console import console, progress_bar
-from .tune import TRAIN_SEED, VALIDATION_SEED, best_table, tables_of, write
+from .tune import STEPS, TRAIN_SEED, VALIDATION_SEED, best_table, tables_of, write
 
 BUDGETS = (4, 5, 6, 8, 10)
 PAIRS, HELD = 512, 256
-CONFIG = TuneConfig(steps=300, lr=0.05, validate_every=50)
+CONFIG = TuneConfig(steps=STEPS, lr=0.05)
 HELD_OUT = 2048
 DRAWS = 200  # of the bootstrap of Frechet distances
 
@@ -71,7 +71,7 @@ def search(denoiser: Denoiser, nfe: int, held: Pairs, path: Path) -> dict[str, A
 def tune(denoiser: Denoiser, nfe: int, train: Pairs, held: Pairs, out: Path) -> None:
     """One tuning run with the settings of the record; how long it took, with the choice of its start, goes beside it."""
     began = time.monotonic()
-    table, _ = best_table(tables_of(denoiser.schedule, nfe, "full", starts(denoiser.schedule)), [], [held])
+    table = best_table(tables_of(denoiser.schedule, nfe, "full", starts(denoiser.schedule)), [held])
     tuner = Tuner(table, [train], [held], CONFIG, out.with_suffix(".state.pt"))
     choosing = time.monotonic() - began
     with progress_bar() as bar:

@@ -98,6 +98,11 @@ def measure(plan: Plan, parts: Sequence[Pairs], distribution: Distribution) -> S
     return Score(rmse, mae, math.sqrt(float(distribution.squared(x, target))))
 
 
-def rmse_of(plan: Plan, parts: Sequence[Pairs]) -> float:
-    """RMSE of a plan's samples to the targets of all parts."""
-    return math.sqrt(float(torch.cat([squared_errors(endpoints(plan, p), p.target) for p in parts]).mean()))
+def rmse_of(plan: Plan, parts: Sequence[Pairs], first: int | None = None) -> float:
+    """RMSE of a plan's samples to the targets of all parts, or of the `first` pairs of each."""
+
+    def errors(pairs: Pairs) -> Tensor:
+        among = range(pairs.setup.n)[:first]
+        return squared_errors(endpoints(plan, pairs, among), pairs.target[: len(among)])
+
+    return math.sqrt(float(torch.cat([errors(p) for p in parts]).mean()))

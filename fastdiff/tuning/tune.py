@@ -21,8 +21,7 @@ from .table import Table
 from .targets import Pairs, Score, measure
 
 TARGET_STEP = 0.25  # of the relaxed target's radius: how far a start may move in one update
-
-
+SAVE_SECONDS = 10.0  # at most so much is lost by an interrupt
 ROUNDING = 1 / 2, 1 / 64  # at the first and the last step
 
 
@@ -40,7 +39,7 @@ class TuneConfig:
     batch: int = 32
     lr: float = 0.02
     seed: int = 0
-    validate_every: int = 20
+    validate_every: int = 50
     relax: float = 0.0
     distribution: float = 0.0
     rounding: tuple[float, float] = ROUNDING
@@ -117,15 +116,18 @@ class Tuner:
 
     def run(self, budget: float = math.inf, callback: Callable[[Progress], None] | None = None) -> Plan:
         """Trains to `config.steps` or for `budget` seconds; an interrupt keeps the best table so far in `best`."""
-        last = time.monotonic()
+        saved = last = time.monotonic()
         began = self.seconds
         while self.step < self.config.steps and self.seconds - began < budget:
             loss = self.train_step()
+            considered = self.step % self.config.validate_every == 0 or self.step == self.config.steps
+            if considered:
+                self._consider()
             now = time.monotonic()
             self.seconds, last = self.seconds + now - last, now
-            if self.step % self.config.validate_every == 0 or self.step == self.config.steps:
-                self._consider()
+            if considered or now - saved > SAVE_SECONDS:
                 self.save()
+                saved = now
             if callback:
                 callback(Progress(self.step, loss, self.best_score, self.start))
         return self.best
