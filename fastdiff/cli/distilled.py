@@ -9,13 +9,13 @@ other work: 4.9 to 7.9 and 16 to 22, whether 32, 64 or 128 in a batch; bfloat16 
 
     progressive  3 calls of the teacher, 40 ms in the first stage, 2 calls, 33 ms, after it
     guided       2 x 2 calls, 47 ms, in the first stage, 2, 33 ms, in the second
-    trajectory   16 calls and 4 steps of the student, 187 ms a trajectory
+    trajectory   16 calls and 1 + 2 + 4 steps of the student, 247 ms a trajectory
     consistency  1 call of the teacher, 1 of the average: 33 ms
     ect          1 call of the student: 27 ms
 
     progressive  750 updates of 32 in each of 4 stages   56 min (allowed: 60)
     guided       900 updates of 32 in each of 2 stages   38 min
-    trajectory   780 updates of 16                       39 min
+    trajectory   600 updates of 16                       40 min
     consistency  2,200 updates of 32                     39 min
     ect          170 updates of 128 in each of 4 phases  39 min
 
@@ -66,7 +66,7 @@ from .distill import follow
 RECIPES: dict[str, Method] = {
     "progressive": Progressive(start=16, steps=1, updates=750, lr=3e-4, batch=32, solver="unipc-2", calls=3),
     "guided": Guided(start=8, steps=4, updates=900, lr=3e-4, batch=32, solver="unipc-2", calls=2),
-    "trajectory": Trajectory(steps=4, updates=780, lr=2e-4, batch=16, solver="unipc-2", calls=4),
+    "trajectory": Trajectory(counts=(1, 2, 4), updates=600, lr=2e-4, batch=16, solver="unipc-2", calls=4),
     "consistency": Consistency(steps=2, inner=16, updates=2200, lr=2e-4, batch=32, ema=0.998),
     "ect": ECT(steps=2, phases=4, updates=170, lr=2e-4, batch=128, ema=0.99),
 }

@@ -189,8 +189,7 @@ class Distiller:
         batch = self._batch(stage, part)
         bound: dict[str, Any] = {} if batch.labels is None else {"class_labels": batch.labels}
         scale: dict[str, Any] = {} if batch.scales is None else {"guidance": batch.scales}
-        count: dict[str, Any] = {} if batch.steps is None else {"steps": batch.steps}
-        student, target = (d.bind(**bound, **scale, **count) for d in (self.student, self.target))
+        student, target = (d.bind(**bound, **scale) for d in (self.student, self.target))
         takes = getattr(self.teacher.network, "guidance_range", None) is not None
         teacher = self.teacher.bind(**bound, **(scale if takes else {}))
         with torch.autocast(batch.noise.device.type, torch.bfloat16, enabled=self.settings.bf16):
@@ -215,9 +214,7 @@ class Distiller:
         span = getattr(self.network, "guidance_range", None)
         if span is not None:
             scales = span[0] + (span[1] - span[0]) * torch.rand(n, generator=generator)
-        # in turn, and the same on every process: with shares of weights all must call the network equally often
-        counts = getattr(self.network, "step_counts", ())
-        return Batch(x0, noise, labels, generator, scales, counts[number % len(counts)] if counts else None)
+        return Batch(x0, noise, labels, generator, scales)
 
     @torch.no_grad()
     def _update_averages(self) -> None:

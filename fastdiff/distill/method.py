@@ -34,15 +34,14 @@ class Stage:
 
 
 class Batch(NamedTuple):
-    """One update's material: clean images (B, *) or None, unit noise (B, *), class labels (B,) or None, its generator, guidance
-    scales (B,) where the student takes one, and the number of calls where it is told that (the same in every part of a batch)."""
+    """One update's material: clean images (B, *) or None, unit noise (B, *), class labels (B,) or None, generator, and guidance
+    scales (B,) where the student takes one."""
 
     x0: Tensor | None
     noise: Tensor
     labels: Tensor | None
     generator: torch.Generator
     scales: Tensor | None = None
-    steps: int | None = None
 
     @property
     def images(self) -> Tensor:

@@ -29,8 +29,9 @@ class Trajectory(Method):
     being the student's own point without its graph, which is the same gradient at the same weights.
 
     With `counts`, such as (1, 2, 4), one student serves all of these numbers of steps (the paper's SFD-v): it is told which, by
-    an input that is zero at first, and the updates take the counts in turn. `steps` is then the largest of them. Where a step is
-    longer the teacher takes more calls in it, `calls` times largest / count, so that all counts follow it equally closely.
+    an input that is zero at first. `steps` is then the largest of them. Every update trains all counts from the same noise, since
+    the teacher is most of the cost and its points at the largest count serve every count that divides it; for another count it
+    runs anew, with calls enough to be as near to the exact trajectory.
     """
 
     name: ClassVar[str] = "trajectory"
@@ -44,7 +45,8 @@ class Trajectory(Method):
     solver: str = "unipc-2"
     calls: int = 4
     counts: tuple[int, ...] = ()
-    _segments: dict[int, tuple[Segments, Segments]] = field(default_factory=dict, repr=False)
+    _teacher: dict[int, Segments] = field(default_factory=dict, repr=False)
+    _student: dict[int, Segments] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if self.counts:
@@ -62,22 +64,44 @@ class Trajectory(Method):
 
     def begin(self, number: int, schedule: NoiseSchedule) -> None:
         for n in self.counts or (self.steps,):
-            nodes, calls = times(schedule, n).tolist(), -(-self.calls * self.steps // n)
-            self._segments[n] = Segments(schedule, nodes, calls, self.solver), Segments(schedule, nodes, 1)
+            self._student[n] = Segments(schedule, times(schedule, n).tolist(), 1)
+        for n in {self._taught_by(n) for n in self._student}:
+            calls = -(-self.calls * self.steps // n)
+            self._teacher[n] = Segments(schedule, times(schedule, n).tolist(), calls, self.solver)
+
+    def _taught_by(self, count: int) -> int:
+        """The number of steps of the teacher's run whose points a count's steps end at."""
+        return count if self.steps % count else self.steps
 
     def loss(self, student: Denoiser, teacher: Denoiser, target: Denoiser, batch: Batch) -> Tensor:
-        assert self._segments, "a method begins a stage before its first loss"
-        fine, coarse = self._segments[batch.steps or self.steps]
-        z = batch.noise * float(coarse.sigma[0, 0])
-        mine, total = z, z.new_zeros(())
-        for i in range(len(coarse)):
-            which = torch.full((len(z),), i)
-            with torch.no_grad():
-                z = fine.run(teacher, z, which)
-            arrived = coarse.run(student, mine, which)
-            total = total + (arrived - z).abs().mean()
-            mine = arrived.detach()
-        return total / len(coarse)
+        assert self._student, "a method begins a stage before its first loss"
+        runs = {n: points(segments, teacher, batch.noise) for n, segments in self._teacher.items()}
+        total = batch.noise.new_zeros(())
+        for n, segments in self._student.items():
+            every = self._taught_by(n) // n
+            wanted = runs[self._taught_by(n)][every - 1 :: every]
+            total = total + followed(segments, student.bind(steps=n) if self.counts else student, batch.noise, wanted)
+        return total / len(self._student)
 
     def plans(self, stage: Stage, schedule: NoiseSchedule) -> tuple[Plan, ...]:
         return tuple(self.plan(dataclasses.replace(stage, steps=n), schedule) for n in self.counts)
+
+
+@torch.no_grad()
+def points(segments: Segments, teacher: Denoiser, noise: Tensor) -> list[Tensor]:
+    """The teacher's states (B, *) at the end of every interval, from unit noise."""
+    z, out = noise * float(segments.sigma[0, 0]), []
+    for i in range(len(segments)):
+        z = segments.run(teacher, z, torch.full((len(z),), i))
+        out.append(z)
+    return out
+
+
+def followed(segments: Segments, student: Denoiser, noise: Tensor, wanted: list[Tensor]) -> Tensor:
+    """The mean over the student's steps of the mean absolute distance to the teacher's point, each step from where it arrived."""
+    z, total = noise * float(segments.sigma[0, 0]), noise.new_zeros(())
+    for i, point in enumerate(wanted):
+        arrived = segments.run(student, z, torch.full((len(z),), i))
+        total = total + (arrived - point).abs().mean()
+        z = arrived.detach()
+    return total / len(wanted)

@@ -12,6 +12,7 @@ from fastdiff.bench import Bench, Setup
 from fastdiff.bench.cells import tuned_cells
 from fastdiff.bench.converged import rmse
 from fastdiff.distill import Distiller, Match, Progressive, Settings, Trajectory
+from fastdiff.distill.trajectory import points
 from fastdiff.errors import FastdiffError
 from fastdiff.graph import Captured
 from fastdiff.models import UNetConfig
@@ -40,24 +41,30 @@ def test_the_student_is_the_teacher_at_every_count_before_the_first_update(teach
         assert torch.equal(run.student.bind(class_labels=labels, **bound)(x, t), want)
 
 
-def test_updates_take_the_counts_in_turn_and_train_each_ones_input(teacher, tmp_path):
-    run = Distiller(teacher, Trajectory(counts=(1, 2), updates=4, batch=2, calls=1), tmp_path)
-    assert [run._batch(run.stages[0], part).steps for part in (0, 1)] == [1, 1]  # every part of a batch is told the same
-    rows = run.network.steps_embed.weight
-    changed = []
-    for _ in range(2):
-        before = rows.detach().clone()
-        run.step(run.stages[0])
-        changed.append((rows != before).any(dim=1).tolist())
-    assert changed[0] == [True, False] and changed[1][1]
+def test_an_update_trains_the_input_of_every_count(teacher, tmp_path):
+    run = Distiller(teacher, Trajectory(counts=(1, 2), updates=4, batch=2, calls=2), tmp_path)
+    run.step(run.stages[0])
+    assert bool((run.network.steps_embed.weight != 0).any(dim=1).all())
 
 
-def test_longer_steps_hold_more_calls_of_the_teacher(teacher):
-    method = Trajectory(counts=(1, 3, 4), calls=2)
-    assert method.steps == 4 and method.settings()["counts"] == (1, 3, 4)
+def test_one_run_of_the_teacher_serves_every_count_that_divides_the_largest(teacher):
+    """And the points at which the student's steps end are the teacher's at those times, whichever run they are of."""
+    method = Trajectory(counts=(1, 2, 3, 4), calls=2)
+    assert method.steps == 4 and method.settings()["counts"] == (1, 2, 3, 4)
     method.begin(0, teacher.schedule)
-    sizes = {n: tuple(fine.times.shape) for n, (fine, _) in method._segments.items()}
-    assert sizes == {1: (1, 8), 3: (3, 3), 4: (4, 2)}
+    assert {n: tuple(segments.times.shape) for n, segments in method._teacher.items()} == {3: (3, 3), 4: (4, 2)}
+    for n, mine in method._student.items():
+        m = method._taught_by(n)
+        torch.testing.assert_close(mine.sigma[:, -1], method._teacher[m].sigma[m // n - 1 :: m // n, -1], rtol=1e-12, atol=0)
+
+    called = []
+
+    def network(x, t):
+        called.append(len(x))
+        return torch.zeros_like(x)
+
+    counted = fd.Denoiser(network, teacher.schedule, prediction="x0", shape=(1, 8, 8))
+    assert len(points(method._teacher[4], counted, torch.randn(2, 1, 8, 8))) == 4 and len(called) == 8
 
 
 def test_each_count_comes_nearer_to_the_teacher_and_runs_by_its_own_plan(teacher, trained):
