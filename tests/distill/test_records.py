@@ -37,6 +37,21 @@ def test_a_record_holds_every_finished_stage_and_the_table_says_what_is_not_trai
     assert [row["update"] for row in rows] == [1, 2, 3, 4] and all(row["rmse"] > 0 for row in rows)
 
 
+def test_the_teachers_record_goes_on_where_it_was_stopped(teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(distilled, "LINES", (("ddim", "uniform_t"), ("dpmpp-2m", "uniform_lambda")))
+    monkeypatch.setattr(distilled, "ANCHOR_STEPS", 8)
+    path, measured, row = tmp_path / "distill-teacher.json", [], distilled.Figures.row
+    monkeypatch.setattr(distilled.Figures, "row", lambda self, den, plan: measured.append(plan.nfe) or row(self, den, plan))
+    distilled.teacher_record(teacher, tmp_path, n=4, calls=(2, 3))
+    whole, needed = path.read_text(), len(measured)
+    record = json.loads(whole)
+    path.write_text(json.dumps({**record, "rows": record["rows"][:1]}))
+    distilled.teacher_record(teacher, tmp_path, n=4, calls=(2, 3))
+    assert path.read_text() == whole and len(measured) == 2 * needed - 1 and set(measured[needed:]) <= {2, 3}
+    distilled.teacher_record(teacher, tmp_path, n=4, calls=(2, 3))
+    assert len(measured) == 2 * needed - 1
+
+
 def test_figures_are_those_of_the_samples(teacher, monkeypatch):
     monkeypatch.setattr(distilled, "ANCHOR_STEPS", 8)
     plan = fd.plan("ddim", teacher, 2)
