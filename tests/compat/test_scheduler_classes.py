@@ -189,7 +189,7 @@ def test_unipc_bh1_to_clean_data_is_finite_here():
         ("SCMScheduler", {}, "SCMScheduler is not reproduced .*middle time"),
         ("NoScheduler", {}, "not a scheduler class of diffusers"),
     ],
-    ids=str,
+    ids=lambda given: given if isinstance(given, str) else " ".join(given),
 )  # fmt: skip
 def test_refused_in_one_line(solver, changes, match):
     with pytest.raises(FastdiffError, match=match) as caught:
