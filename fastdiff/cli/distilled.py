@@ -122,9 +122,10 @@ def draw(denoiser: Denoiser, table: Plan, setup: Setup) -> tuple[Tensor, int]:
 
 
 def teacher_record(teacher: Denoiser, out: Path, n: int = N, calls: Sequence[int] = CALLS) -> None:
-    """distill-teacher.json: DDIM and the best hand-made solver at each number of calls. Written after every row, and gone on with."""
-    figures, path = Figures(teacher, n, scorer_for(teacher)), out / "distill-teacher.json"
-    head = {"teacher": teacher.hash, "n": n, "floor": figures.scorer.anchor(n) if figures.scorer else None, "versions": versions()}
+    """distill-teacher.json, written after every row and gone on with: DDIM and the best hand-made solver at each number of calls."""
+    scorer = scorer_for(teacher)
+    figures, path = Figures(teacher, n, scorer), out / "distill-teacher.json"
+    head = {"teacher": teacher.hash, "n": n, "floor": scorer.anchor(n) if scorer else None, "versions": versions()}
     kept = _read(path) or {}
     rows = kept["rows"] if {k: kept.get(k) for k in head} == head else []
     short = Setup(min(CHOICE, figures.paired))
