@@ -122,7 +122,7 @@ def draw(denoiser: Denoiser, table: Plan, setup: Setup) -> tuple[Tensor, int]:
 
 
 def teacher_record(teacher: Denoiser, out: Path, n: int = N, calls: Sequence[int] = CALLS) -> None:
-    """distill-teacher.json, written after every row and gone on with: DDIM and the best hand-made solver at each number of calls."""
+    """distill-teacher.json: DDIM and the best hand-made solver at each number of calls. Resumes after its rows."""
     scorer = scorer_for(teacher)
     figures, path = Figures(teacher, n, scorer), out / "distill-teacher.json"
     head = {"teacher": teacher.hash, "n": n, "floor": scorer.anchor(n) if scorer else None, "versions": versions()}
