@@ -1,6 +1,17 @@
 """One thread and reproducible examples for the whole run. This folder is on sys.path, so tests import `analytic`."""
 
+import importlib
+import importlib.util
+import os
 import sys
+
+if importlib.util.find_spec("triton") is not None:
+    # Triton's own library is interpreted only if that was chosen when it was first imported, which torch and diffusers do too
+    before = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "1"
+    importlib.import_module("triton.language")
+    if before is None:
+        del os.environ["TRITON_INTERPRET"]
 
 import pytest
 import torch
