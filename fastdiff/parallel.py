@@ -80,9 +80,11 @@ class World:
         try:
             dist.monitored_barrier(timeout=PATIENCE, wait_all_ranks=True)
         except RuntimeError as e:
-            # "[Rank 0]: Ranks 1, 3 failed to pass monitoredBarrier ..."; the other processes only see the first one fail
-            found = re.search(r"Ranks ([\d, ]*\d) failed", str(e))
-            ranks = f"rank {found[1]}" if self.first and found else "rank 0, or one that it waited for,"
+            # "[Rank 0]: Ranks 1, 3 failed to pass monitoredBarrier ...", or gloo's own words where a connection broke while it
+            # waited; the other processes only see the first one fail
+            found = re.search(r"Ranks? ([\d, ]*\d) failed", str(e))
+            others = "rank 1" if self.size == 2 else f"one of ranks 1 to {self.size - 1}"
+            ranks = "rank 0, or one that it waited for," if not self.first else f"rank {found[1]}" if found else others
             raise FastdiffError(f"{ranks} of {self.size} processes died: start the run again; what was written is whole") from e
 
     @contextlib.contextmanager

@@ -401,6 +401,22 @@ def test_a_killed_command_goes_on(tmp_path, checkpoint):
     assert after == contents(tmp_path / "whole") and before.items() <= after.items() and len(held(tmp_path / "killed")) == 60
 
 
+@pytest.mark.parametrize(
+    "rank, size, gloo, named",
+    [(0, 4, "[Rank 0]: Ranks 1, 3 failed to pass monitoredBarrier in 60000 ms", "rank 1, 3 of 4"),
+     (0, 2, "Connection closed by peer [127.0.0.1]:1024", "rank 1 of 2"),
+     (0, 3, "Connection closed by peer [127.0.0.1]:1024", "one of ranks 1 to 2 of 3"),
+     (1, 2, "[Rank 1]: Rank 1 failed to pass monitoredBarrier", "rank 0, or one that it waited for, of 2")],
+)  # fmt: skip
+def test_whatever_gloo_says_the_dead_are_named(monkeypatch, rank, size, gloo, named):
+    def barrier(**options):
+        raise RuntimeError(gloo)
+
+    monkeypatch.setattr(torch.distributed, "monitored_barrier", barrier)
+    with pytest.raises(FastdiffError, match=f"^{named} processes died"):
+        World(rank, size).wait()
+
+
 DIES = """
 import os, signal, sys
 from fastdiff.parallel import join
