@@ -22,8 +22,8 @@ other work: 4.9 to 7.9 and 16 to 22, whether 32, 64 or 128 in a batch; bfloat16 
 Looking at the student adds 1 to 2 minutes; measuring 10 (15 evaluations of 3 x 2,048 images at most), the teacher's rows 30 once.
 
 Why these settings. Batches of 16 and 32: time goes with images, so a small batch makes more updates of them, and the targets are
-exact (no data noise in them). ECT's target is its own, so it keeps the paper's 128. Rates of 2e-4 to 3e-4 are a third of the
-rate that trained this teacher (8e-4); the papers' 5e-5 to 1e-4 are for 10 to 100 times as many updates. The teacher's target by
+exact (no data noise in them). ECT's target is its own, so it keeps the paper's 128. Rates of 2e-4 to 4e-4 are a quarter to a
+half of the rate that trained this teacher (8e-4); the papers' 5e-5 to 1e-4 are for 10 to 100 times as many updates. The teacher's target by
 UniPC-2: from the same noise, its restarts in 4 equal intervals end (RMSE from the converged ODE, 40 seeds)
 
     calls in each   DDIM    DPM++(2M)  DEIS-2  iPNDM-2  UniPC-2
@@ -66,7 +66,7 @@ from .distill import follow
 RECIPES: dict[str, Method] = {
     "progressive": Progressive(start=16, steps=1, updates=750, lr=3e-4, batch=32, solver="unipc-2", calls=3),
     "guided": Guided(start=8, steps=4, updates=900, lr=3e-4, batch=32, solver="unipc-2", calls=2),
-    "trajectory": Trajectory(counts=(1, 2, 4), updates=600, lr=2e-4, batch=16, solver="unipc-2", calls=4),
+    "trajectory": Trajectory(counts=(1, 2, 4), updates=600, lr=4e-4, batch=16, solver="unipc-2", calls=4),
     "consistency": Consistency(steps=2, inner=16, updates=2200, lr=2e-4, batch=32, ema=0.998),
     "ect": ECT(steps=2, phases=4, updates=170, lr=2e-4, batch=128, ema=0.99),
 }
