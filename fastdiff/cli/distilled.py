@@ -23,8 +23,8 @@ Looking at the student adds 1 to 2 minutes; measuring 10 (15 evaluations of 3 x 
 
 Why these settings. Batches of 16 and 32: time goes with images, so a small batch makes more updates of them, and the targets are
 exact (no data noise in them). ECT's target is its own, so it keeps the paper's 128. Rates of 2e-4 to 4e-4 are a quarter to a
-half of the rate that trained this teacher (8e-4); the papers' 5e-5 to 1e-4 are for 10 to 100 times as many updates. The teacher's target by
-UniPC-2: from the same noise, its restarts in 4 equal intervals end (RMSE from the converged ODE, 40 seeds)
+half of the rate that trained this teacher (8e-4); the papers' 5e-5 to 1e-4 are for 10 to 100 times as many updates. The
+teacher's target by UniPC-2: from the same noise, its restarts in 4 equal intervals end (RMSE from the converged ODE, 40 seeds)
 
     calls in each   DDIM    DPM++(2M)  DEIS-2  iPNDM-2  UniPC-2
     3               0.104   0.094      0.080   0.062    0.057
