@@ -1,17 +1,11 @@
 """One thread and reproducible examples for the whole run. This folder is on sys.path, so tests import `analytic`."""
 
-import importlib
-import importlib.util
-import os
 import sys
 
-if importlib.util.find_spec("triton") is not None:
-    # Triton's own library is interpreted only if that was chosen when it was first imported, which torch and diffusers do too
-    before = os.environ.get("TRITON_INTERPRET")
-    os.environ["TRITON_INTERPRET"] = "1"
-    importlib.import_module("triton.language")
-    if before is None:
-        del os.environ["TRITON_INTERPRET"]
+import interpreted
+
+if interpreted.PRESENT:
+    interpreted.load("triton.language")  # Triton's own functions, before torch or diffusers import them compiled
 
 import pytest
 import torch

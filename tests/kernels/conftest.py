@@ -1,32 +1,23 @@
-"""The kernels run here in Triton's interpreter, which is chosen where `@triton.jit` decorates: before they are imported."""
+"""The kernels run here in Triton's interpreter."""
 
-import importlib
-import importlib.util
-import os
-
+import interpreted
 import pytest
 
-if PRESENT := importlib.util.find_spec("triton") is not None:
-    before = os.environ.get("TRITON_INTERPRET")
-    os.environ["TRITON_INTERPRET"] = "1"
+if interpreted.PRESENT:
     ops = ("group_norm_triton", "group_norm_backward_triton", "combine_triton", "attention_triton", "attention_backward_triton")
-    for name in ops:
-        importlib.import_module(f"fastdiff.kernels.{name}")
-
-    if before is None:
-        del os.environ["TRITON_INTERPRET"]
+    interpreted.load(*(f"fastdiff.kernels.{name}" for name in ops))
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if not PRESENT and "tests/kernels" in str(item.path) and "_triton" in item.path.name:
+        if not interpreted.PRESENT and "tests/kernels" in str(item.path) and "_triton" in item.path.name:
             item.add_marker(pytest.mark.skip(reason="not installed: triton (the extra `gpu`)"))
 
 
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch):
     """Triton's interpreter, mended: in 3.6 to 3.9 it cuts off where it makes bfloat16; a GPU rounds to the nearest even."""
-    if not PRESENT:
+    if not interpreted.PRESENT:
         return
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # Triton 3.9 asks again at the first launch
     import torch
