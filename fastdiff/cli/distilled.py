@@ -80,7 +80,7 @@ SEEDS = (0, 1_000_000, 2_000_000)  # first seeds of the three sets a student is 
 SCALES = (2.0, 3.0, 5.0)
 N = 2048
 LOOKS = 10  # at a student while it learns
-CHOICE = 64  # seeds that choose the teacher's best hand-made solver: the best is ahead by far more than their noise
+CHOICE = 64  # seeds that choose the teacher's best hand-made solver
 
 
 class Figures:
