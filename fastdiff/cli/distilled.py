@@ -54,7 +54,7 @@ from ..bench.runner import ANCHOR_STEPS, PAIRED
 from ..bench.scoring import Scorer, scorer_for
 from ..checkpoints import load
 from ..denoiser import Denoiser
-from ..distill import ECT, Consistency, Distiller, Guided, Method, Progressive, Trajectory
+from ..distill import ECT, Consistency, Distiller, Guided, Method, Progressive, Settings, Trajectory
 from ..distill.view import View
 from ..plans import Plan
 from ..sampling import sample
@@ -64,12 +64,13 @@ from .console import console
 from .distill import follow
 
 RECIPES: dict[str, Method] = {
-    "progressive": Progressive(start=16, steps=1, updates=750, lr=3e-4, batch=32, solver="unipc-2", calls=3),
+    "progressive": Progressive(start=16, steps=1, updates=900, lr=3e-4, batch=32, solver="unipc-2", calls=3),
     "guided": Guided(start=8, steps=4, updates=900, lr=3e-4, batch=32, solver="unipc-2", calls=2),
     "trajectory": Trajectory(counts=(1, 2, 4), updates=600, lr=4e-4, batch=16, solver="unipc-2", calls=4),
-    "consistency": Consistency(steps=2, inner=16, updates=2200, lr=2e-4, batch=32, ema=0.998),
-    "ect": ECT(steps=2, phases=4, updates=170, lr=2e-4, batch=128, ema=0.99),
+    "consistency": Consistency(steps=4, segments=1, inner=16, updates=2200, lr=2e-4, batch=32, ema=0.998, solver="unipc-2", calls=2),
+    "ect": ECT(steps=4, phases=4, updates=200, lr=2e-4, batch=128, ema=0.99),
 }
+HOW = Settings(bf16=True)
 LINES = (
     ("ddim", "uniform_t"), ("dpmpp-2m", "uniform_lambda"), ("dpmpp-3s", "uniform_t"), ("unipc-2", "uniform_t"),
     ("unipc-3", "uniform_t"), ("ipndm-2", "beta"), ("ipndm-3", "beta"),
@@ -146,7 +147,7 @@ def teacher_record(teacher: Denoiser, out: Path, n: int = N, calls: Sequence[int
 def student_record(teacher: Denoiser, method: Method, data: Images | None, work: Path, out: Path, n: int = N) -> None:
     """distill-METHOD.json: trains to the end in `work`, or goes on there, and measures every finished stage that has steps of its
     own, the last of each."""
-    run = Distiller(teacher, method, work, data if method.needs_data else None)
+    run = Distiller(teacher, method, work, data if method.needs_data else None, HOW)
     total = sum(stage.updates for stage in run.stages)
     clock, began = work / "seconds.json", time.monotonic()
     before = float(json.loads(clock.read_text())) if clock.exists() else 0.0
@@ -167,7 +168,7 @@ def student_record(teacher: Denoiser, method: Method, data: Images | None, work:
         if getattr(student.network, "guidance_range", None) is not None:
             rows += guided_rows(figures, student, student.plan)
     record = {
-        "method": method.name, "settings": method.settings(),
+        "method": method.name, "settings": {**method.settings(), "bf16": HOW.bf16},
         "seconds": json.loads(clock.read_text()), "updates": total, "images": sum(s.updates * s.batch for s in run.stages),
         "skipped": run.skipped, "teacher": teacher.hash, "rows": rows, "versions": versions(),
     }  # fmt: skip

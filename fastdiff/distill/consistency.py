@@ -3,6 +3,7 @@ teacher step further already jumps. One loss; its settings give the published me
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -14,7 +15,7 @@ from ..errors import FastdiffError
 from ..plans import Plan
 from ..schedule import NoiseSchedule
 from ..solvers import plan as make_plan
-from .method import Batch, Method, Stage, noisy, times, weight
+from .method import Batch, Method, Stage, fewer, noisy, times, weight
 from .segments import Segments, jump_target
 
 
@@ -115,3 +116,8 @@ class Consistency(Method):
         if self.segments == 1 and stage.steps > 1:
             return make_plan("lcm", schedule, stage.steps, grid=times(schedule, stage.steps).tolist())
         return super().plan(stage, schedule)
+
+    def plans(self, stage: Stage, schedule: NoiseSchedule) -> tuple[Plan, ...]:
+        if self.segments != 1:
+            return ()
+        return tuple(self.plan(dataclasses.replace(stage, steps=n), schedule) for n in fewer(stage.steps))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,7 +15,7 @@ from ..errors import FastdiffError
 from ..plans import Plan
 from ..schedule import NoiseSchedule
 from ..solvers import plan as make_plan
-from .method import Batch, Method, Stage, noisy
+from .method import Batch, Method, Stage, fewer, noisy
 
 
 @dataclass
@@ -79,6 +80,9 @@ class ECT(Method):
         # iCT's c = 0.00054 sqrt(d) is compared with a sum over d pixels, this one with their mean
         distance = (error + self.huber**2).sqrt() - self.huber
         return (distance / (u - torch.where(r <= least, 0.0, r)).float()).mean()
+
+    def plans(self, stage: Stage, schedule: NoiseSchedule) -> tuple[Plan, ...]:
+        return tuple(self.plan(dataclasses.replace(stage, steps=n), schedule) for n in fewer(stage.steps))
 
     def plan(self, stage: Stage, schedule: NoiseSchedule) -> Plan:
         """From full noise, then evenly in log u from `middle` downwards: halves of it, as far as there are steps."""

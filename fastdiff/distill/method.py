@@ -101,13 +101,18 @@ class Method(ABC):
         return make_plan("ddim", schedule, stage.steps, grid=times(schedule, stage.steps).tolist())
 
     def plans(self, stage: Stage, schedule: NoiseSchedule) -> tuple[Plan, ...]:
-        """One for each step count of a student of several; else none beside `plan`."""
+        """One for each number of calls where the student has several, the largest last; else none beside `plan`."""
         return ()
 
 
 def times(schedule: NoiseSchedule, steps: int) -> np.ndarray:
     """The student's times, noisiest first: spaced as `nodes` says, from t_max, the last of them one step above t_min."""
     return nodes(schedule, schedule.t_max, schedule.t_min, steps + 1)[:-1]
+
+
+def fewer(steps: int) -> list[int]:
+    """1, 2, 4, ... below `steps`, and `steps`: what a student whose every call predicts clean data can be sampled with."""
+    return [*(2**k for k in range((steps - 1).bit_length())), steps]
 
 
 def noisy(batch: Batch, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
