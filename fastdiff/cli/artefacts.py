@@ -159,7 +159,7 @@ def students(denoiser: Denoiser, what: str, data: Path | None, work: Path, out: 
         files.write_text(out / "DISTILL.md", distilled.table(out))
     else:
         images = load_images(data) if data else None
-        distilled.student_record(denoiser, distilled.RECIPES[what], images, work / f"distill-{what}", out)
+        distilled.student_record(denoiser, what, distilled.RECIPES[what], images, work / f"distill-{what}", out)
 
 
 def _card_row(name: str, row: dict[str, Any]) -> str:

@@ -29,7 +29,7 @@ def distill(
     solver: Annotated[str | None, typer.Option(help="solver of the teacher inside a student step")] = None,
     calls: Annotated[int | None, typer.Option(min=1, help="teacher calls inside a student step")] = None,
     weighting: Annotated[str | None, typer.Option(help="truncated, snr+1 or x0 (progressive, guided, consistency)")] = None,
-    scales: Annotated[str | None, typer.Option(help="guided: lowest and highest guidance scale, such as 1,5")] = None,
+    scales: Annotated[str | None, typer.Option(help="guided, trajectory: lowest and highest guidance scale, such as 1,5")] = None,
     segments: Annotated[int | None, typer.Option(min=0, help="consistency: 1, or 0 for as many as steps")] = None,
     inner: Annotated[int | None, typer.Option(min=1, help="consistency: points in a segment")] = None,
     self_ema: Annotated[float | None, typer.Option(min=0, max=1, help="consistency: decay of what makes the targets")] = None,

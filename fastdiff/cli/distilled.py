@@ -67,7 +67,12 @@ RECIPES: dict[str, Method] = {
     "progressive": Progressive(start=16, steps=1, updates=900, lr=3e-4, batch=32, solver="unipc-2", calls=3),
     "guided": Guided(start=8, steps=4, updates=900, lr=3e-4, batch=32, solver="unipc-2", calls=2),
     "trajectory": Trajectory(counts=(1, 2, 4), updates=600, lr=4e-4, batch=16, solver="unipc-2", calls=4),
-    "consistency": Consistency(steps=4, segments=1, inner=16, updates=2200, lr=2e-4, batch=32, ema=0.998, solver="unipc-2", calls=2),
+    "trajectory-guided": Trajectory(
+        counts=(1, 2, 4), scales=(1.0, 5.0), updates=700, lr=4e-4, batch=16, solver="unipc-2", calls=4
+    ),
+    "consistency": Consistency(
+        steps=4, segments=1, inner=16, updates=2200, lr=2e-4, batch=32, ema=0.998, solver="unipc-2", calls=2
+    ),
     "ect": ECT(steps=4, phases=4, updates=200, lr=2e-4, batch=128, ema=0.99),
 }
 HOW = Settings(bf16=True)
@@ -78,10 +83,11 @@ LINES = (
 CALLS = (1, 2, 4, 8, 16, 50)
 COLUMNS = (1, 2, 4, 8)
 SEEDS = (0, 1_000_000, 2_000_000)  # first seeds of the three sets a student is measured on; the teacher's rows take the first
-SCALES = (2.0, 3.0, 5.0)
+SCALES = (1.5, 2.0, 3.0, 5.0)
+GUIDED = (4, (("ddim", "uniform_t"), ("ipndm-3", "beta")))  # evaluations of the guided teacher, and by which lines
 N = 2048
 LOOKS = 10  # at a student while it learns
-CHOICE = 64  # seeds that choose the teacher's best hand-made solver
+CHOICE = 64  # seeds that choose the teacher's best hand-made solver, and that are paired under guidance
 
 
 class Figures:
@@ -101,7 +107,8 @@ class Figures:
             x, calls = draw(denoiser, table, setup)
             found = self.scorer.score(self.teacher.images(x), setup.labels(self.teacher)) if self.scorer else {}
             if first == 0 and not table.stochastic:
-                found["rmse"] = rmse(x[: self.paired], self.endpoints(scale))
+                want = self.endpoints(scale)
+                found["rmse"] = rmse(x[: len(want)], want)
             runs.append(found)
         means = {k: float(np.mean([r[k] for r in runs if k in r])) for k in runs[0] if isinstance(runs[0][k], float)}
         head = {"plan": table.name, "nfe": table.nfe, "network_calls": calls, "guidance": scale, "n": self.n}
@@ -110,9 +117,10 @@ class Figures:
     def endpoints(self, scale: float) -> Tensor:
         """Where the teacher's converged ODE takes the first seeds: its stored endpoints, or `ANCHOR_STEPS` steps."""
         if scale not in self._endpoints:
-            stored = shipped(self.teacher, self.paired) if scale == 1.0 else None
+            n = self.paired if scale == 1.0 else min(CHOICE, self.paired)
+            stored = shipped(self.teacher, n) if scale == 1.0 else None
             table = plan(SOLVER, self.teacher, ANCHOR_STEPS, grid=GRID)
-            self._endpoints[scale] = stored.x if stored else draw(self.teacher, table, Setup(self.paired, 0, scale))[0]
+            self._endpoints[scale] = stored.x if stored else draw(self.teacher, table, Setup(n, 0, scale))[0]
         return self._endpoints[scale]
 
 
@@ -123,30 +131,41 @@ def draw(denoiser: Denoiser, table: Plan, setup: Setup) -> tuple[Tensor, int]:
 
 
 def teacher_record(teacher: Denoiser, out: Path, n: int = N, calls: Sequence[int] = CALLS) -> None:
-    """distill-teacher.json: DDIM and the best hand-made solver at each number of calls. Resumes after its rows."""
+    """distill-teacher.json: DDIM and the best hand-made solver at each number of calls; and guided, at `SCALES`, what a student
+    of guidance is held against. Resumes after its rows."""
     scorer = scorer_for(teacher)
     figures, path = Figures(teacher, n, scorer), out / "distill-teacher.json"
-    head = {"teacher": teacher.hash, "n": n, "floor": scorer.anchor(n) if scorer else None, "versions": versions()}
     kept = _read(path) or {}
-    rows = kept["rows"] if {k: kept.get(k) for k in head} == head else []
+    rows = kept["rows"] if (kept.get("teacher"), kept.get("n")) == (teacher.hash, n) else []
+    head = {"teacher": teacher.hash, "n": n, "floor": scorer.anchor(n) if scorer else None}
+    had = {(r["line"], r["nfe"], r["guidance"]) for r in rows}
     short = Setup(min(CHOICE, figures.paired))
+
+    def measure(line: str, table: Plan, best: bool, scale: float = 1.0) -> None:
+        if (line, table.nfe, scale) in had:
+            return
+        rows.append({"line": line, "best": best, **figures.row(teacher, table, scale=scale)})
+        console.print(f"teacher, {table.nfe} evaluations, {line}, scale {scale:g}: RMSE {rows[-1]['rmse']:.4f}", highlight=False)
+        files.write_text(path, json.dumps({**head, "versions": versions(), "rows": rows}, indent=1) + "\n")
+
     for nfe in (c for c in calls if not any(r["nfe"] == c and r["best"] for r in rows)):
         tables = {f"{s} · {g}": Cell(s, g, nfe).plan(teacher) for s, g in LINES}
         want = figures.endpoints(1.0)[: short.n]
         errors = {line: rmse(draw(teacher, table, short)[0], want) for line, table in tables.items()}
         best = min(errors, key=lambda line: errors[line])
-        done = [r for r in rows if r["nfe"] == nfe]
-        for line in dict.fromkeys(("ddim · uniform_t", best)):
-            if any(r["line"] == line for r in done):
-                continue
-            rows.append({"line": line, "best": line == best, **figures.row(teacher, tables[line])})
-            console.print(f"teacher, {nfe} calls, {line}: RMSE {rows[-1]['rmse']:.4f}", highlight=False)
-            files.write_text(path, json.dumps({**head, "rows": rows}, indent=1) + "\n")
+        for line in dict.fromkeys((best, "ddim · uniform_t")):
+            measure(line, tables[line], line == best)
+    if getattr(teacher.network, "null_label", None) is not None:
+        for scale in SCALES:
+            for solver, grid in GUIDED[1]:
+                measure(f"{solver} · {grid}", Cell(solver, grid, GUIDED[0]).plan(teacher), False, scale)
 
 
-def student_record(teacher: Denoiser, method: Method, data: Images | None, work: Path, out: Path, n: int = N) -> None:
-    """distill-METHOD.json: trains to the end in `work`, or goes on there, and measures every finished stage that has steps of its
-    own, the last of each."""
+def student_record(
+    teacher: Denoiser, name: str, method: Method, data: Images | None, work: Path, out: Path, n: int = N
+) -> None:  # fmt: skip
+    """distill-NAME.json: trains to the end in `work`, or goes on there, and measures every finished stage that has steps of its
+    own, the last of each; a student of guidance at `SCALES` too."""
     run = Distiller(teacher, method, work, data if method.needs_data else None, HOW)
     total = sum(stage.updates for stage in run.stages)
     clock, began = work / "seconds.json", time.monotonic()
@@ -162,28 +181,17 @@ def student_record(teacher: Denoiser, method: Method, data: Images | None, work:
     for path in finished.values():
         student = load(path)
         assert student.plan is not None
+        scales = (1.0, *SCALES) if getattr(student.network, "guidance_range", None) is not None else (1.0,)
         for own in student.tuned or (student.plan,):
-            rows.append({"line": method.name, **figures.row(student, own, SEEDS)})
-            console.print(f"{method.name}, {own.nfe} calls: {path.name}", highlight=False)
-        if getattr(student.network, "guidance_range", None) is not None:
-            rows += guided_rows(figures, student, student.plan)
+            for scale in scales:
+                rows.append({"line": name, **figures.row(student, own, SEEDS, scale)})
+                console.print(f"{name}, {own.nfe} calls, scale {scale:g}: {path.name}", highlight=False)
     record = {
-        "method": method.name, "settings": {**method.settings(), "bf16": HOW.bf16},
+        "method": name, "settings": {**method.settings(), "bf16": HOW.bf16},
         "seconds": json.loads(clock.read_text()), "updates": total, "images": sum(s.updates * s.batch for s in run.stages),
         "skipped": run.skipped, "teacher": teacher.hash, "rows": rows, "versions": versions(),
     }  # fmt: skip
-    files.write_text(out / f"distill-{method.name}.json", json.dumps(record, indent=1) + "\n")
-
-
-def guided_rows(figures: Figures, student: Denoiser, table: Plan) -> list[dict[str, Any]]:
-    """Student and guided teacher at each scale, the teacher with as many evaluations: twice the calls."""
-    rows = []
-    for scale in SCALES:
-        rows.append({"line": "guided", **figures.row(student, table, SEEDS, scale)})
-        rows.append({"line": "teacher, the same plan", **figures.row(figures.teacher, table, scale=scale)})
-        best = Cell("ipndm-3", "beta", table.nfe).plan(figures.teacher)
-        rows.append({"line": "teacher, ipndm-3 · beta", **figures.row(figures.teacher, best, scale=scale)})
-    return rows
+    files.write_text(out / f"distill-{name}.json", json.dumps(record, indent=1) + "\n")
 
 
 def table(records: Path) -> str:
@@ -194,7 +202,8 @@ def table(records: Path) -> str:
     teacher = _read(records / "distill-teacher.json")
     if teacher is not None:
         for name, wanted in (("teacher, DDIM", False), ("teacher, best hand-made", True)):
-            rows = {r["nfe"]: r for r in teacher["rows"] if (r["best"] if wanted else r["line"] == "ddim · uniform_t")}
+            plain = [r for r in teacher["rows"] if r["guidance"] == 1.0]
+            rows = {r["nfe"]: r for r in plain if (r["best"] if wanted else r["line"] == "ddim · uniform_t")}
             lines.append(f"| {name} | " + " | ".join(_cell(rows.get(n)) for n in COLUMNS) + " | - | - |")
     for name in RECIPES:
         record = _read(records / f"distill-{name}.json")
@@ -204,7 +213,8 @@ def table(records: Path) -> str:
         rows = {r["network_calls"]: r for r in record["rows"] if r["line"] == name and r["guidance"] == 1.0}
         cells = " | ".join(_cell(rows.get(n)) for n in COLUMNS)
         lines.append(f"| {name} | {cells} | {record['seconds'] / 60:.0f} | {record['images']:,} |")
-    return "\n".join([*lines, *_guided(_read(records / "distill-guided.json"))]) + "\n"
+    records_of = [r for name in RECIPES if (r := _read(records / f"distill-{name}.json"))]
+    return "\n".join([*lines, *_guided(teacher, records_of)]) + "\n"
 
 
 HEAD = (
@@ -214,11 +224,14 @@ HEAD = (
 )
 
 
-def _guided(record: dict[str, Any] | None) -> list[str]:
-    if record is None:
+def _guided(teacher: dict[str, Any] | None, students: list[dict[str, Any]]) -> list[str]:
+    """The rows under guidance, the teacher's beside those of the students that take the scale."""
+    rows = [r for record in students for r in record["rows"] if r["guidance"] != 1.0]
+    if not rows:
         return []
+    rows += [{**r, "line": f"teacher, {r['line']}"} for r in (teacher or {"rows": []})["rows"] if r["guidance"] != 1.0]
     out = ["", "| guidance | network calls | who | figures |", "|---|---|---|---|"]
-    for row in (r for r in record["rows"] if r["guidance"] != 1.0):
+    for row in sorted(rows, key=lambda r: (r["guidance"], r["network_calls"])):
         out.append(f"| {row['guidance']:g} | {row['network_calls']} | {row['line']} | {_cell(row)} |")
     return out
 

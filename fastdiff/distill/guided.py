@@ -18,6 +18,8 @@ from ..schedule import NoiseSchedule
 from .method import Batch, Stage, halvings, weight
 from .progressive import Progressive, match
 
+SCALE = "the guidance scale as an input"
+
 
 @dataclass
 class Guided(Progressive):
@@ -38,15 +40,10 @@ class Guided(Progressive):
         return [Stage(n, self.updates, self.lr, self.batch) for n in (self.start, *halved)]
 
     def network(self, teacher: Denoiser, config: UNetConfig) -> UNetConfig:
-        if getattr(teacher.network, "null_label", None) is None:
-            raise FastdiffError("guided distillation needs a teacher with a null class (label dropout); this one has none: "
-                                "use --method progressive")  # fmt: skip
-        if config.guidance_range is not None:
-            raise FastdiffError("this teacher takes the guidance scale as an input already: use --method progressive")
-        return dataclasses.replace(config, guidance_range=self.scales)
+        return with_scale(teacher, config, self.scales)
 
     def adds(self) -> str:
-        return "the guidance scale as an input"
+        return SCALE
 
     def begin(self, number: int, schedule: NoiseSchedule) -> None:
         super().begin(number, schedule)
@@ -58,9 +55,24 @@ class Guided(Progressive):
         return match(self._segments, self.weighting, student, two, batch)
 
 
+def with_scale(teacher: Denoiser, config: UNetConfig, scales: tuple[float, float]) -> UNetConfig:
+    """The teacher's network with the guidance scale as an input.
+
+    Raises:
+        FastdiffError: a teacher that knows no guidance, or has the input already.
+    """
+    if getattr(teacher.network, "null_label", None) is None:
+        raise FastdiffError("guidance is learned from a teacher with a null class (label dropout); this one has none: use "
+                            "--method progressive, or trajectory without --scales")  # fmt: skip
+    if config.guidance_range is not None:
+        raise FastdiffError("this teacher takes the guidance scale as an input already: use --method progressive, or trajectory "
+                            "without --scales")  # fmt: skip
+    return dataclasses.replace(config, guidance_range=scales)
+
+
 def contrast(teacher: Denoiser, batch: Batch) -> Callable[[Tensor, Tensor], Tensor]:
     """Classifier-free guidance with a scale of each sample's own."""
-    assert batch.labels is not None and batch.scales is not None, "`Guided.network` refuses a teacher without classes"
+    assert batch.labels is not None and batch.scales is not None, "`with_scale` refuses a teacher without classes"
     null = teacher.network.null_label  # type: ignore[attr-defined]
     negative = teacher.bind(class_labels=torch.full_like(batch.labels, null))
     scales = batch.scales.view(-1, *(1,) * (batch.noise.ndim - 1))

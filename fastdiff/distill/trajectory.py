@@ -14,7 +14,9 @@ from ..denoiser import Denoiser
 from ..models import UNetConfig
 from ..models.unet import check_counts
 from ..plans import Plan
+from ..sampling import DenoiserLike
 from ..schedule import NoiseSchedule
+from .guided import SCALE, contrast, with_scale
 from .method import Batch, Method, Stage, times
 from .segments import Segments
 
@@ -32,6 +34,9 @@ class Trajectory(Method):
     an input that is zero at first. `steps` is then the largest of them. Every update trains all counts from the same noise, since
     the teacher is most of the cost and its points at the largest count serve every count that divides it; for another count it
     runs anew, with calls enough to be as near to the exact trajectory.
+
+    With `scales` the teacher is guided, two calls for each of its evaluations, at a scale drawn evenly between these two for each
+    trajectory, and the student takes the scale as an input (Meng et al. 2023): one call of it does what two do.
     """
 
     name: ClassVar[str] = "trajectory"
@@ -45,6 +50,7 @@ class Trajectory(Method):
     solver: str = "unipc-2"
     calls: int = 4
     counts: tuple[int, ...] = ()
+    scales: tuple[float, float] | None = None
     _teacher: dict[int, Segments] = field(default_factory=dict, repr=False)
     _student: dict[int, Segments] = field(default_factory=dict, repr=False)
 
@@ -54,10 +60,13 @@ class Trajectory(Method):
             self.steps = self.counts[-1]
 
     def network(self, teacher: Denoiser, config: UNetConfig) -> UNetConfig:
+        if self.scales is not None:
+            config = with_scale(teacher, config, self.scales)
         return dataclasses.replace(config, step_counts=self.counts) if self.counts else config
 
     def adds(self) -> str:
-        return "the number of its calls as an input" if self.counts else ""
+        asked = {"the number of its calls as an input": self.counts, SCALE: self.scales}
+        return " and ".join(what for what, wanted in asked.items() if wanted)
 
     def stages(self) -> list[Stage]:
         return [Stage(self.steps, self.updates, self.lr, self.batch)]
@@ -75,7 +84,8 @@ class Trajectory(Method):
 
     def loss(self, student: Denoiser, teacher: Denoiser, target: Denoiser, batch: Batch) -> Tensor:
         assert self._student, "a method begins a stage before its first loss"
-        runs = {n: points(segments, teacher, batch.noise) for n, segments in self._teacher.items()}
+        taught = contrast(teacher, batch) if self.scales else teacher
+        runs = {n: points(segments, taught, batch.noise) for n, segments in self._teacher.items()}
         total = batch.noise.new_zeros(())
         for n, segments in self._student.items():
             every = self._taught_by(n) // n
@@ -88,7 +98,7 @@ class Trajectory(Method):
 
 
 @torch.no_grad()
-def points(segments: Segments, teacher: Denoiser, noise: Tensor) -> list[Tensor]:
+def points(segments: Segments, teacher: DenoiserLike, noise: Tensor) -> list[Tensor]:
     """The teacher's states (B, *) at the end of every interval, from unit noise."""
     z, out = noise * float(segments.sigma[0, 0]), []
     for i in range(len(segments)):

@@ -14,7 +14,8 @@ from fastdiff.bench.cells import tuned_cells
 from fastdiff.bench.converged import rmse
 from fastdiff.distill import ECT, Consistency, Distiller, Guided, Progressive, Settings, Trajectory
 from fastdiff.distill.guided import contrast
-from fastdiff.distill.method import Batch
+from fastdiff.distill.method import Batch, Stage
+from fastdiff.distill.trajectory import followed, points
 from fastdiff.errors import FastdiffError
 from fastdiff.training.config import TrainConfig
 from fastdiff.training.data import Images, load_images
@@ -268,3 +269,37 @@ def test_what_does_not_fit_is_refused(teacher, images, tmp_path):
     with pytest.raises(FastdiffError, match="3 equal parts"):
         Distiller(teacher, Trajectory(2, batch=4), tmp_path / "no", None, Settings(accumulate=3))
     assert not (tmp_path / "no").exists()
+
+
+def test_a_trajectory_student_of_guidance_follows_the_guided_teacher(teacher, tmp_path):
+    """It starts as the teacher without guidance; its targets are the guided teacher's points at each one's own scale."""
+    method = Trajectory(counts=(1, 2), scales=(1.0, 5.0), calls=2, **SHORT)
+    assert method.adds() == "the number of its calls as an input and the guidance scale as an input"
+    run = Distiller(teacher, method, tmp_path)
+    x, t, labels = torch.randn(3, 1, 8, 8), torch.tensor([0.9, 0.5, 0.1]), torch.tensor([0, 1, 2])
+    want = teacher.bind(class_labels=labels)(x, t)
+    assert torch.equal(run.student.bind(class_labels=labels, guidance=torch.tensor([1.0, 3.0, 5.0]), steps=1)(x, t), want)
+    b = batch(3, torch.tensor([1.0, 2.0, 4.0]))
+    true = teacher.bind(class_labels=b.labels)
+    got = points(method._teacher[2], contrast(true, b), b.noise)
+    for i, scale in enumerate(b.scales.tolist()):
+        one = fd.guide.cfg(teacher.bind(class_labels=b.labels[i : i + 1]), scale)
+        for mine, all_of in zip(points(method._teacher[2], one, b.noise[i : i + 1]), got, strict=True):
+            torch.testing.assert_close(mine, all_of[i : i + 1], rtol=1e-4, atol=1e-4)
+    perfect = fd.Denoiser(contrast(true, b), SCHEDULE, "x0")
+    other = fd.Denoiser(contrast(true, b._replace(scales=b.scales + 1)), SCHEDULE, "x0")
+    losses = [float(followed(method._teacher[2], d, b.noise, got)) for d in (perfect, other)]
+    assert losses[0] < 1e-5 < 1e-3 < losses[1]
+    run.run()
+    student = fd.load(tmp_path)
+    assert student.network.guidance_range == (1.0, 5.0) and student.step_counts == (1, 2)
+    guided = fd.guide.cfg(student.bind(class_labels=labels), 3.0)
+    assert guided.calls == 1 and fd.sample(guided, student.tuned[0], seeds=range(3)).shape == (3, 1, 8, 8)
+
+
+def test_a_student_of_clean_predictions_has_a_plan_for_fewer_calls(teacher, images, tmp_path):
+    for number, method in enumerate((ECT(steps=3, phases=1, **SHORT), Consistency(steps=4, segments=1, inner=4, **SHORT))):
+        student = Distiller(teacher, method, tmp_path / str(number), images).run()
+        assert [p.nfe for p in student.tuned] == ([1, 2, 3], [1, 2, 4])[number] and student.plan == student.tuned[-1]
+        assert fd.plan("auto", student.bind(class_labels=torch.arange(2)), 1).rows == student.tuned[0].rows
+    assert Consistency(steps=4, inner=4).plans(Stage(4, 1, 1e-3, 1), teacher.schedule) == ()

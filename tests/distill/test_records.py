@@ -8,7 +8,7 @@ import torch
 
 import fastdiff as fd
 from fastdiff.cli import distilled
-from fastdiff.distill import Distiller, Guided, Progressive
+from fastdiff.distill import Guided, Progressive
 from fastdiff.training.data import load_images
 
 
@@ -23,7 +23,7 @@ def test_a_record_holds_every_finished_stage_and_the_table_says_what_is_not_trai
     images, out = load_images(tiny.npz(tmp_path / "x.npz")), tmp_path / "records"
     assert distilled.table(out).count("not trained") == 4 * len(distilled.RECIPES)
     distilled.teacher_record(teacher, out, n=8, calls=(1, 2))
-    distilled.student_record(teacher, Progressive(4, 1, updates=2, batch=4), images, tmp_path / "work", out, n=8)
+    distilled.student_record(teacher, "progressive", Progressive(4, 1, updates=2, batch=4), images, tmp_path / "work", out, n=8)
     record = json.loads((out / "distill-progressive.json").read_text())
     assert [r["network_calls"] for r in record["rows"]] == [2, 1] and record["updates"] == 4 and record["seconds"] > 0
     assert all(len(r["runs"]) == 3 and r["rmse"] == r["runs"][0]["rmse"] and "rmse" not in r["runs"][1] for r in record["rows"])
@@ -41,13 +41,19 @@ def test_the_teachers_record_goes_on_where_it_was_stopped(teacher, tmp_path, mon
     monkeypatch.setattr(distilled, "LINES", (("ddim", "uniform_t"), ("dpmpp-2m", "uniform_lambda")))
     monkeypatch.setattr(distilled, "ANCHOR_STEPS", 8)
     path, measured, row = tmp_path / "distill-teacher.json", [], distilled.Figures.row
-    monkeypatch.setattr(distilled.Figures, "row", lambda self, den, plan: measured.append(plan.nfe) or row(self, den, plan))
+    monkeypatch.setattr(distilled, "SCALES", (2.0,))
+
+    def measure(self, denoiser, plan, **how):
+        measured.append(plan.nfe)
+        return row(self, denoiser, plan, **how)
+
+    monkeypatch.setattr(distilled.Figures, "row", measure)
     distilled.teacher_record(teacher, tmp_path, n=4, calls=(2, 3))
     whole, needed = path.read_text(), len(measured)
     record = json.loads(whole)
     path.write_text(json.dumps({**record, "rows": record["rows"][:1]}))
     distilled.teacher_record(teacher, tmp_path, n=4, calls=(2, 3))
-    assert path.read_text() == whole and len(measured) == 2 * needed - 1 and set(measured[needed:]) <= {2, 3}
+    assert path.read_text() == whole and len(measured) == 2 * needed - 1
     distilled.teacher_record(teacher, tmp_path, n=4, calls=(2, 3))
     assert len(measured) == 2 * needed - 1
 
@@ -63,12 +69,22 @@ def test_figures_are_those_of_the_samples(teacher, monkeypatch):
 
 
 def test_a_guided_record_compares_half_the_calls(teacher, tmp_path, monkeypatch):
+    """The student's row beside the guided teacher's with as many evaluations, which are twice the calls; in the table too."""
     monkeypatch.setattr(distilled, "ANCHOR_STEPS", 4)
     monkeypatch.setattr(distilled, "SEEDS", (0,))
     monkeypatch.setattr(distilled, "SCALES", (2.0,))
-    student = Distiller(teacher, Guided(start=2, steps=2, updates=1, batch=4), tmp_path / "g",
-                        load_images(tiny.npz(tmp_path / "x.npz"))).run()  # fmt: skip
-    rows = distilled.guided_rows(distilled.Figures(teacher, 4, None), student, student.plan)
-    assert [(r["line"], r["network_calls"]) for r in rows] == [
-        ("guided", 2), ("teacher, the same plan", 4), ("teacher, ipndm-3 · beta", 4)
-    ]  # fmt: skip
+    monkeypatch.setattr(distilled, "GUIDED", (2, (("ddim", "uniform_t"),)))
+    monkeypatch.setitem(distilled.RECIPES, "guided", Guided(start=2, steps=2, updates=1, batch=4))
+    distilled.teacher_record(teacher, tmp_path, n=4, calls=(1,))
+    images = load_images(tiny.npz(tmp_path / "x.npz"))
+    distilled.student_record(teacher, "guided", distilled.RECIPES["guided"], images, tmp_path / "g", tmp_path, n=4)
+    table = distilled.table(tmp_path)
+    rows = [row for row in table.splitlines() if row.startswith("| 2 |")]
+    assert [row.split("|")[2:4] for row in rows] == [[" 2 ", " guided "], [" 4 ", " teacher, ddim · uniform_t "]]
+    record = json.loads((tmp_path / "distill-guided.json").read_text())
+    assert [(r["guidance"], r["network_calls"]) for r in record["rows"]] == [(1.0, 2), (2.0, 2)]
+    assert f"{record['rows'][1]['rmse']:.3f}" in rows[0]
+    path = tmp_path / "distill-teacher.json"
+    whole = path.read_text()
+    distilled.teacher_record(teacher, tmp_path, n=4, calls=(1,))  # nothing is measured again
+    assert path.read_text() == whole
