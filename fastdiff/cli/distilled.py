@@ -71,7 +71,7 @@ RECIPES: dict[str, Method] = {
         counts=(1, 2, 4), scales=(1.0, 5.0), updates=700, lr=4e-4, batch=16, solver="unipc-2", calls=4
     ),
     "consistency": Consistency(
-        steps=4, segments=1, inner=16, updates=2200, lr=2e-4, batch=32, ema=0.998, solver="unipc-2", calls=2
+        steps=4, segments=1, inner=16, updates=1700, lr=2e-4, batch=32, ema=0.998, solver="unipc-2", calls=2
     ),
     "ect": ECT(steps=4, phases=4, updates=200, lr=2e-4, batch=128, ema=0.99),
 }
@@ -165,7 +165,8 @@ def student_record(
     teacher: Denoiser, name: str, method: Method, data: Images | None, work: Path, out: Path, n: int = N
 ) -> None:  # fmt: skip
     """distill-NAME.json: trains to the end in `work`, or goes on there, and measures every finished stage that has steps of its
-    own, the last of each; a student of guidance at `SCALES` too."""
+    own, the last of each. The last student of a run that takes the scale is measured at `SCALES` too: by its own plan with all sets
+    of seeds, by those of fewer calls with the first."""
     run = Distiller(teacher, method, work, data if method.needs_data else None, HOW)
     total = sum(stage.updates for stage in run.stages)
     clock, began = work / "seconds.json", time.monotonic()
@@ -181,11 +182,14 @@ def student_record(
     for path in finished.values():
         student = load(path)
         assert student.plan is not None
-        scales = (1.0, *SCALES) if getattr(student.network, "guidance_range", None) is not None else (1.0,)
         for own in student.tuned or (student.plan,):
-            for scale in scales:
-                rows.append({"line": name, **figures.row(student, own, SEEDS, scale)})
-                console.print(f"{name}, {own.nfe} calls, scale {scale:g}: {path.name}", highlight=False)
+            rows.append({"line": name, **figures.row(student, own, SEEDS)})
+            console.print(f"{name}, {own.nfe} calls: {path.name}", highlight=False)
+    if getattr(student.network, "guidance_range", None) is not None:
+        for own in student.tuned or (student.plan,):
+            for scale in SCALES:
+                rows.append({"line": name, **figures.row(student, own, SEEDS if own == student.plan else SEEDS[:1], scale)})
+                console.print(f"{name}, {own.nfe} calls, scale {scale:g}", highlight=False)
     record = {
         "method": name, "settings": {**method.settings(), "bf16": HOW.bf16},
         "seconds": json.loads(clock.read_text()), "updates": total, "images": sum(s.updates * s.batch for s in run.stages),
