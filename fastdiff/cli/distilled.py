@@ -165,8 +165,8 @@ def student_record(
     teacher: Denoiser, name: str, method: Method, data: Images | None, work: Path, out: Path, n: int = N
 ) -> None:  # fmt: skip
     """distill-NAME.json: trains to the end in `work`, or goes on there, and measures every finished stage that has steps of its
-    own, the last of each. The last student of a run that takes the scale is measured at `SCALES` too: by its own plan with all sets
-    of seeds, by those of fewer calls with the first."""
+    own, the last of each. The last student of a run that takes the scale is measured at `SCALES` too: by its own plan with all
+    sets of seeds, by those of fewer calls with the first."""
     run = Distiller(teacher, method, work, data if method.needs_data else None, HOW)
     total = sum(stage.updates for stage in run.stages)
     clock, began = work / "seconds.json", time.monotonic()
