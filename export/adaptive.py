@@ -26,7 +26,8 @@ from .graph import BOOL, DOUBLE, FLOAT, INT64, Graph, total, value
 from .network import BATCH, WEIGHTS, Traced, export_module, head_values
 from .sampler import outputs
 
-PAIR = PAIRS["dpmpp-23"]
+SOLVER = "dpmpp-23"  # no memory between steps, which a Loop would have to carry; unipc-3 takes half its calls at equal error
+PAIR = PAIRS[SOLVER]
 ORDER = PAIR.order
 SCALARS = ("lam", "h", "error", "phase")  # of the controller: log-SNR, step, last accepted error, evaluation of the step
 
@@ -107,7 +108,7 @@ class _Control(nn.Module):
         judged = phase == ORDER - 1
         accepted = judged & (error <= 1.0)
         # PI control as in fastdiff.adaptive
-        factor = self.control.safety * error ** (-0.7 / ORDER) * torch.where(accepted, last ** (0.4 / ORDER), 1.0)
+        factor = PAIR.safety * error ** (-0.7 / ORDER) * torch.where(accepted, last ** (0.4 / ORDER), 1.0)
         end = torch.where(accepted, lam + h, lam).clamp(max=self.lam_end)
         h = torch.where(judged, h * factor.clamp(0.2, 5.0), h)
         h = torch.minimum(h, self.lam_end - end)  # no further than the end

@@ -215,8 +215,7 @@ def _check_wish(plan: Method, wish: Wish, form: str) -> None:
 
         if given := [name for name, on in (("--unroll", wish.unroll), ("--plan-input", wish.plan_input)) if on]:
             raise FastdiffError(f"an adaptive engine has no plan: leave out {', '.join(given)}")
-        if plan.pair != PAIR:
-            raise FastdiffError("an adaptive engine steps by dpmpp-23; leave out another solver")
+        plan.check(PAIR)
         if wish.precision == "int8":
             raise FastdiffError("int8 is calibrated along a plan: leave out --adaptive")
         return

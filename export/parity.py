@@ -19,6 +19,7 @@ from ..guide import Guided
 from ..noise import from_seeds
 from ..plans import Plan
 from ..sampling import sample
+from .adaptive import SOLVER
 from .half import half_copy
 from .network import PRECISIONS, Condition
 from .runtime import session
@@ -194,7 +195,9 @@ def _eager(denoiser: Denoiser, plan: Plan | Control, seeds: list[int], nudge: fl
     noise = from_seeds(seeds)(0, (len(seeds), *(denoiser.shape or ())), torch.device("cpu")) * (1 + nudge)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of samples that ran out: the engine says it as an output
-        found = sample_adaptive(denoiser, noise, rtol=plan.rtol, atol=plan.atol, max_nfe=plan.max_nfe, together=True)
+        found = sample_adaptive(
+            denoiser, noise, solver=SOLVER, rtol=plan.rtol, atol=plan.atol, max_nfe=plan.max_nfe, together=True
+        )  # fmt: skip
     return found.x.numpy()
 
 

@@ -182,11 +182,12 @@ def student_record(
     for path in finished.values():
         student = load(path)
         assert student.plan is not None
-        for own in student.tuned or (student.plan,):
+        plans = student.tuned or (student.plan,)
+        for own in plans:
             rows.append({"line": name, **figures.row(student, own, SEEDS)})
             console.print(f"{name}, {own.nfe} calls: {path.name}", highlight=False)
     if getattr(student.network, "guidance_range", None) is not None:
-        for own in student.tuned or (student.plan,):
+        for own in plans:
             for scale in SCALES:
                 rows.append({"line": name, **figures.row(student, own, SEEDS if own == student.plan else SEEDS[:1], scale)})
                 console.print(f"{name}, {own.nfe} calls, scale {scale:g}", highlight=False)

@@ -146,6 +146,7 @@ def test_a_stochastic_plan_as_input(tmp_path):
 ])  # fmt: skip
 def test_adaptive_step_size(schedule, prediction, tmp_path):
     """The same evaluations and samples as the eager sampler with one step size for the batch, at any tolerance."""
+    from fastdiff.export.adaptive import SOLVER
     from fastdiff.export.runtime import Ask
 
     table = fd.schedule.vp_from_alphas_cumprod(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)))
@@ -154,7 +155,7 @@ def test_adaptive_step_size(schedule, prediction, tmp_path):
     run = engine(tmp_path, den, Control())
     bound = den.bind(class_labels=torch.tensor(LABELS))
     for tolerance in (1e-2, 1e-3):
-        want = fd.sample_adaptive(bound, seeds=[4, 5, 6], rtol=tolerance, atol=tolerance, together=True)
+        want = fd.sample_adaptive(bound, seeds=[4, 5, 6], rtol=tolerance, atol=tolerance, solver=SOLVER, together=True)
         got = run.sample([4, 5, 6], LABELS, Ask(rtol=tolerance, atol=tolerance))
         assert run.evaluations == int(want.nfe[0]) and len(set(want.nfe.tolist())) == 1
         np.testing.assert_allclose(got, want.x.numpy(), atol=1e-4 * max(1.0, float(want.x.abs().max())))
@@ -163,13 +164,14 @@ def test_adaptive_step_size(schedule, prediction, tmp_path):
 
 
 def test_adaptive_with_guidance_in_an_interval_runs_out(tmp_path):
+    from fastdiff.export.adaptive import SOLVER
     from fastdiff.export.runtime import Ask
 
     den = denoiser(scale=1.2, interval=(0.1, 5.0))
     run = engine(tmp_path, den, Control(max_nfe=20))
     bound = fd.guide.cfg(denoiser().bind(class_labels=torch.tensor(LABELS)), 1.2, interval=(0.1, 5.0))
     with pytest.warns(UserWarning, match="reached max_nfe"):
-        want = fd.sample_adaptive(bound, seeds=[4, 5, 6], rtol=1e-4, atol=1e-4, max_nfe=20, together=True)
+        want = fd.sample_adaptive(bound, seeds=[4, 5, 6], rtol=1e-4, atol=1e-4, max_nfe=20, solver=SOLVER, together=True)
     got = run.sample([4, 5, 6], LABELS, Ask(rtol=1e-4, atol=1e-4))
     assert run.evaluations == int(want.nfe[0]) <= 20 and bool(want.unfinished.all())
     # where the path is cut depends on every step taken: a change of the noise by 1e-7 moves the eager samples by up to 4e-4
