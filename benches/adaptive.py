@@ -36,7 +36,7 @@ from fastdiff.bench import converged
 from fastdiff.bench.analytic import Mixture
 from fastdiff.bench.results import versions
 from fastdiff.pairs import PAIRS as KNOWN
-from fastdiff.pairs import Field
+from fastdiff.pairs import Field, spread
 
 OUT = Path(__file__).parent / "results" / "adaptive.json"
 PAIRS = ("unipc-3", "unipc-2", "dpmpp-23", "dpm-23", "dopri5")  # the first is held against the bar and run on the model
@@ -105,22 +105,24 @@ def controls(denoiser: fd.Denoiser, noise: Tensor, pair: str) -> dict[str, Run]:
 
 def dpm_adaptive(denoiser: fd.Denoiser, noise: Tensor, tol: float) -> tuple[Tensor, Tensor]:
     """k-diffusion 0.1.1's sample_dpm_adaptive without noise: steps of dpm-23 for the whole batch, the first 0.05 long. The error
-    is a root mean square relative to max(atol, rtol max(|low|, |last low|)); its inverse to the power 1/3, through
+    is a root mean square in x / alpha, relative to max(atol, rtol max(|low|, |last low|)); its inverse to the power 1/3, through
     1 + atan(x - 1), is the factor of the next step, and 0.81 the least that takes a step. Each attempt costs three calls."""
     schedule = denoiser.schedule
     lam, end = (float(schedule.lam(t)) for t in (schedule.t_max, schedule.t_min))
     field = Field(schedule, lambda x, at: denoiser(x, schedule.t_of_lam(at)))
-    x = last = noise * float(schedule.sigma(schedule.t_max))
+    x = noise * float(schedule.sigma(schedule.t_max))
+    last = x / float(schedule.alpha(schedule.t_max))
     h, calls = 0.05, 0
     while lam < end - 1e-5:
         now, length = (torch.full((len(x),), v, dtype=torch.float64) for v in (lam, min(h, end - lam)))
         tried = DPM_23.attempt(field, x, now, length, ())
         calls += 3
-        delta = torch.maximum(torch.tensor(tol, dtype=x.dtype), tol * torch.maximum(tried.low.abs(), last.abs()))
-        error = float(((tried.low - tried.high) / delta).square().mean().sqrt())
+        low, high = (spread(1 / field.levels(now + length)[0], x) * r for r in (tried.low, tried.high))
+        delta = torch.maximum(torch.tensor(tol, dtype=x.dtype), tol * torch.maximum(low.abs(), last.abs()))
+        error = float(((low - high) / delta).square().mean().sqrt())
         factor = 1 + math.atan((1 / (error + 1e-8)) ** (1 / 3) - 1)
         if factor >= 0.81:
-            x, last, lam = tried.high, tried.low, lam + min(h, end - lam)
+            x, last, lam = tried.high, low, lam + min(h, end - lam)
         h *= factor
     return denoiser(x, torch.full((len(x),), schedule.t_min, dtype=torch.float64)), torch.full((len(x),), calls + 1)
 
