@@ -11,12 +11,10 @@ from .files import write_bytes, write_text
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 FASHION_MNIST = ASSETS / "fashion_mnist"
-SHIPPED = {"fashion-mnist": FASHION_MNIST}
-CLASS_NAMES = {
-    "fashion-mnist": (
-        "T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"
-    )
-}  # fmt: skip
+STUDENT = FASHION_MNIST / "student"
+SHIPPED = {"fashion-mnist": FASHION_MNIST, "fashion-mnist-student": STUDENT}
+CLOTHES = ("T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+CLASS_NAMES = dict.fromkeys(SHIPPED, CLOTHES)
 HASHES = "hashes.json"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -25,12 +25,14 @@ LEFT_OUT = {"flow_shift", "exponential", "polyexponential"}  # wants a number of
 
 @dataclass(frozen=True, order=True)
 class Cell:
-    """A solver on a grid at a budget of evaluations; or a saved plan under its own name."""
+    """A solver on a grid at a budget of evaluations; or a saved plan under its own name, run by a student of the benchmark's
+    denoiser where there is one."""
 
     solver: str
     grid: str
     nfe: int
     saved: Plan | None = None
+    student: Denoiser | None = field(default=None, compare=False)
 
     @property
     def line(self) -> str:
@@ -99,6 +101,21 @@ def tuned_cells(denoiser: Denoiser, setup: Setup) -> list[Cell]:
     if den.plan is not None and den.plan not in plans:
         plans.insert(0, den.plan)
     return [Cell("tuned" if "tuned_for" in plan.provenance else "student", "plan", plan.nfe, plan) for plan in plans]
+
+
+def student_cells(student: Denoiser, teacher: Denoiser, setup: Setup) -> list[Cell]:
+    """The plans of a student, to be measured beside its teacher's.
+
+    Raises:
+        FastdiffError: a student of another teacher, or no student at all.
+    """
+    taught = student.info.get("training", {}).get("distilled", {}).get("teacher")
+    if taught is None or student.plan is None:
+        raise FastdiffError("a student is what `fastdiff distill` made; this checkpoint was not")
+    if taught != teacher.hash:
+        raise FastdiffError(f"this student's teacher has the hash {taught[:12]}..., the checkpoint {teacher.hash[:12]}...: "
+                            "a student is measured beside its own teacher")  # fmt: skip
+    return [replace(cell, student=student) for cell in tuned_cells(student, setup)]
 
 
 def quick_cells() -> list[Cell]:

@@ -138,7 +138,8 @@ class Bench:
     def _measure(self, cell: Cell, progress: Progress | None) -> tuple[Record, Tensor]:
         table = cell.plan(self.denoiser)
         start = time.perf_counter()
-        x, calls = self._sample(self.sampled, lambda den: table, self.setup, f"{cell.line} · {cell.nfe}", progress)
+        sampled = cell.student or self.sampled
+        x, calls = self._sample(sampled, lambda den: table, self.setup, f"{cell.line} · {cell.nfe}", progress)
         seconds = time.perf_counter() - start
         record: Record = {
             "solver": cell.solver, "grid": cell.grid, "line": cell.line, "nfe": cell.nfe, "network_calls": calls,
@@ -196,7 +197,8 @@ class Bench:
         return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:20]
 
     def _key(self, cell: Cell) -> str:
-        return self._hash({"line": cell.line, "plan": json.loads(cell.plan(self.denoiser).to_json())})
+        student = {"student": cell.student.hash} if cell.student else {}
+        return self._hash({"line": cell.line, "plan": json.loads(cell.plan(self.denoiser).to_json()), **student})
 
     def _endpoint_key(self, steps: int, n: int) -> str:
         return self._hash({"endpoints": [SOLVER, GRID, steps, n]})

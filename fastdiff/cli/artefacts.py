@@ -5,6 +5,7 @@ converged   the endpoints of 256 seeds by which the demo measures paired errors 
 quality     the figures of the model itself: a converged sampler at n = 10,000, and with guidance at n = 2,048
 quick, full the records of both presets, with their pictures; full-2048 the second half of the full preset, after it
 plans       the plans tuned for the checkpoint at 4 to 10 calls; tuned: their record on 2,048 seeds beside the best of a search
+student     the figures of the shipped few-step student at n = 10,000; with --student a new one is installed first
 analytic    the record of every solver on every grid at every budget on analytic data: needs no checkpoint
 distill-*   students, by `--only` alone: see `fastdiff.cli.distilled` (they need --data)
 card        the model card and the README's figures, from the checkpoint's own record and those above
@@ -24,7 +25,7 @@ import torch
 
 from .. import files
 from ..bench import Bench, analytic
-from ..bench.cells import Cell, Setup, full_cells, quick_cells, tuned_cells
+from ..bench.cells import Cell, Setup, full_cells, quick_cells, student_cells, tuned_cells
 from ..bench.converged import GRID, SHIPPED_FILE, SOLVER, rmse, shipped
 from ..bench.results import versions
 from ..bench.runner import PAIRED
@@ -32,13 +33,13 @@ from ..bench.scoring import JudgeScorer
 from ..checkpoints import load, native
 from ..denoiser import Denoiser
 from ..sampling import sample
-from ..shipped import FASHION_MNIST, write_hashed
+from ..shipped import FASHION_MNIST, STUDENT, write_hashed
 from ..training.data import load_images
 from . import distilled, figures, tuned
 from .bench import BEST, FEW, best, measure
 from .console import console, progress_bar
 
-STAGES = ("model", "converged", "quality", "plans", "tuned", "quick", "full", "full-2048", "analytic", "card")
+STAGES = ("model", "converged", "quality", "plans", "tuned", "quick", "full", "full-2048", "student", "analytic", "card")
 STUDENTS = ("distill-teacher", *(f"distill-{name}" for name in distilled.RECIPES), "distill-table")  # only by name: hours
 QUALITY = {"solver": "ipndm-3", "grid": "beta", "nfe": 20}  # the converged sampler of the figures; its error is in the record
 PROBES = [Cell("unipc-2", "uniform_t", 20), Cell("ipndm-3", "beta", 20)]  # the smallest errors that a preset reports
@@ -46,11 +47,11 @@ SIZES = ((10_000, 1.0), (2048, 2.0))  # (n, guidance): what the model card says
 KEPT = ("results.json", "results.csv", "frontier.png", "samples.png")
 
 
-def install(checkpoint: Path) -> None:
-    """Copies a run's EMA weights into the package, after they were loaded once."""
+def install(checkpoint: Path, folder: Path = FASHION_MNIST) -> None:
+    """Copies a run's weights into the package, after they were loaded once."""
     path = checkpoint / "model.safetensors" if checkpoint.is_dir() else checkpoint
     native.load(path)
-    write_hashed(FASHION_MNIST / "model.safetensors", path.read_bytes())
+    write_hashed(folder / "model.safetensors", path.read_bytes())
 
 
 def store_converged(denoiser: Denoiser, work: Path) -> None:
@@ -112,7 +113,7 @@ def preset(denoiser: Denoiser, name: str, work: Path, out: Path, compile: bool) 
     """The record of a preset: its figures and pictures go to `out`, the cells stay in the work folder."""
     scorer = JudgeScorer()
     chosen, n = (quick_cells(), 128) if name == "quick" else (full_cells(), 256)
-    chosen += tuned_cells(denoiser, Setup(n))
+    chosen += [*tuned_cells(denoiser, Setup(n)), *student_cells(load("fashion-mnist-student"), denoiser, Setup(n))]
     if name == "full-2048":
         first = Bench(denoiser, Setup(n), work / "full", scorer)
         first.run(chosen)  # from the cells that `full` left, where it ran
@@ -203,6 +204,7 @@ Made by `make artefacts`; uses: demonstrations, tests and benchmarks of samplers
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, help="a training run's folder to install first")
+    parser.add_argument("--student", type=Path, help="a distillation run's folder to install first, for the stage student")
     parser.add_argument("--only", default=",".join(STAGES), help="stages, comma-separated")
     parser.add_argument("--records", type=Path, default=Path("benches/results"))
     parser.add_argument("--work", type=Path, default=Path("out/artefacts"), help="where finished cells are kept")
@@ -215,6 +217,8 @@ def main() -> None:
     if args.checkpoint and "model" in stages:
         install(args.checkpoint)
         shutil.rmtree(args.work, ignore_errors=True)
+    if args.student:
+        install(args.student, STUDENT)
     denoiser = load("fashion-mnist")
     for stage in stages:
         if stage == "converged":
@@ -230,6 +234,8 @@ def main() -> None:
             tuned.tuned(denoiser, args.work, args.records, args.compile)
         elif stage in STUDENTS:
             students(denoiser, stage.removeprefix("distill-"), args.data, args.work, args.records)
+        elif stage == "student":
+            distilled.shipped_record(denoiser, load("fashion-mnist-student"), args.records)
         elif stage == "analytic":
             cross_product(args.records)
         elif stage == "card":

@@ -31,6 +31,7 @@ def bench(
     prompt: Annotated[str | None, typer.Option(help="for a text-conditioned checkpoint; default the empty one")] = None,
     condition: Annotated[Path | None, typer.Option(help=CONDITION_HELP)] = None,
     plan: Annotated[list[Path] | None, typer.Option(help="a saved plan to measure too (may be given more than once)")] = None,
+    student: Annotated[list[str] | None, typer.Option(help="a student to measure beside this, its teacher (or several)")] = None,
     force: Annotated[bool, typer.Option("--force", help="measure plans tuned for another checkpoint or guidance")] = False,
     first_seed: Annotated[int, typer.Option(min=0)] = 0,
     batch: Annotated[int, typer.Option(min=1)] = 128,
@@ -42,7 +43,7 @@ def bench(
 ) -> None:
     """Measure solvers, grids and budgets on a checkpoint; write a table, two pictures and a report."""
     from ..bench import Setup, full_cells, quick_cells
-    from ..bench.cells import Cell, cells, tuned_cells
+    from ..bench.cells import Cell, cells, student_cells, tuned_cells
     from ..bench.pictures import need_matplotlib
     from ..bench.scoring import InceptionScorer, scorer_for
     from ..checkpoints import load
@@ -75,6 +76,8 @@ def bench(
     setup = Setup(count, first_seed, guidance, batch, conditions)
     if not (solvers or grids):
         chosen += tuned_cells(denoiser, setup)
+    for pupil in student or ():
+        chosen += student_cells(load(pupil), denoiser, setup)
     measured = measure(denoiser, chosen, setup, out, scorer, compile=compile)
     if preset == "full" and not n:
         console.print(f"\nthe best {BEST} of each NFE again, with {AGAIN:,} images")
@@ -95,16 +98,18 @@ def best(measured: Bench, chosen: list[Cell]) -> list[Cell]:
 def demo(
     out: Annotated[Path, typer.Option(help="folder for the results")] = Path("out/demo"),
 ) -> None:
-    """The main job on the shipped model: five solvers and the tuned plans at 4 to 20 network calls, in a few minutes."""
+    """The main job on the shipped model: five solvers and the tuned plans at 4 to 20 network calls and its student at 1, 2 and
+    4, in a few minutes."""
     from ..bench import Setup, quick_cells
-    from ..bench.cells import tuned_cells
+    from ..bench.cells import student_cells, tuned_cells
     from ..bench.scoring import scorer_for
     from ..checkpoints import load
 
-    denoiser = load("fashion-mnist")
+    denoiser, student = load("fashion-mnist"), load("fashion-mnist-student")
     console.print("the shipped model: class-conditional Fashion-MNIST, 28x28; the same noise for every solver")
     setup = Setup(128)
-    measure(denoiser, [*quick_cells(), *tuned_cells(denoiser, setup)], setup, out, scorer_for(denoiser))
+    cells = [*quick_cells(), *tuned_cells(denoiser, setup), *student_cells(student, denoiser, setup)]
+    measure(denoiser, cells, setup, out, scorer_for(denoiser))
 
 
 def measure(

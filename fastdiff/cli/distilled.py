@@ -86,6 +86,7 @@ SEEDS = (0, 1_000_000, 2_000_000)  # first seeds of the three sets a student is 
 SCALES = (1.5, 2.0, 3.0, 5.0)
 GUIDED = (4, (("ddim", "uniform_t"), ("ipndm-3", "beta")))  # evaluations of the guided teacher, and by which lines
 N = 2048
+MANY = 10_000  # of what the README says of the shipped student
 LOOKS = 10  # at a student while it learns
 CHOICE = 64  # seeds that choose the teacher's best hand-made solver, and that are paired under guidance
 
@@ -197,6 +198,22 @@ def student_record(
         "skipped": run.skipped, "teacher": teacher.hash, "rows": rows, "versions": versions(),
     }  # fmt: skip
     files.write_text(out / f"distill-{name}.json", json.dumps(record, indent=1) + "\n")
+
+
+def shipped_record(teacher: Denoiser, student: Denoiser, out: Path, n: int = MANY) -> None:
+    """student.json: the shipped student at each of its numbers of calls, without guidance and at the scale nearest to the data.
+    Resumes after its rows."""
+    path, figures = out / "student.json", Figures(teacher, n, scorer_for(teacher))
+    head = {"student": student.hash, "teacher": teacher.hash, "n": n}
+    kept = _read(path) or {}
+    rows = kept.get("rows", []) if {k: kept.get(k) for k in head} == head else []
+    for own in student.tuned:
+        for scale in (1.0, SCALES[0]):
+            if any((r["nfe"], r["guidance"]) == (own.nfe, scale) for r in rows):
+                continue
+            rows.append({"line": "student", **figures.row(student, own, scale=scale)})
+            console.print(f"student, {own.nfe} calls, scale {scale:g}", highlight=False)
+            files.write_text(path, json.dumps({**head, "versions": versions(), "rows": rows}, indent=1) + "\n")
 
 
 def table(records: Path) -> str:

@@ -9,7 +9,7 @@ import torch
 
 import fastdiff as fd
 from fastdiff.bench import Bench, Setup
-from fastdiff.bench.cells import tuned_cells
+from fastdiff.bench.cells import student_cells, tuned_cells
 from fastdiff.bench.converged import rmse
 from fastdiff.distill import Distiller, Match, Progressive, Settings, Trajectory
 from fastdiff.distill.trajectory import points
@@ -135,6 +135,24 @@ def test_a_benchmark_measures_every_count(trained, tmp_path):
     bound = student.bind(class_labels=setup.labels(student))
     torch.testing.assert_close(one.float(), fd.sample(bound, cells[0].saved, seeds=range(4)), rtol=1e-3, atol=1e-3)
     assert record["network_calls"] == 2 and bench._endpoints(5, 2, None).shape == (2, 1, 8, 8)
+
+
+def test_a_benchmark_measures_a_student_beside_its_teacher(teacher, trained, tmp_path):
+    """Its samples are its own; both are held against the teacher's converged ODE. A student of another teacher is refused."""
+    student, setup = trained[1], Setup(4)
+    cells = student_cells(student, teacher, setup)
+    assert [(c.line, c.nfe) for c in cells] == [("student", 1), ("student", 2)]
+    bench = Bench(teacher, setup, tmp_path / "b", None)
+    record, x = bench._cell(cells[1], None)
+    bound = student.bind(class_labels=setup.labels(student))
+    torch.testing.assert_close(x.float(), fd.sample(bound, cells[1].saved, seeds=range(4)), rtol=1e-3, atol=1e-3)
+    assert record["network_calls"] == 2
+    theirs = bench._cell(dataclasses.replace(cells[1], student=None), None)[1]
+    assert not torch.equal(theirs, x), "one plan, two networks: two cells"
+    other = fd.load(tiny.checkpoint(tmp_path / "other.safetensors", prediction="x0"))
+    for student_of, beside, said in ((student, other, "its own teacher"), (teacher, teacher, "`fastdiff distill` made")):
+        with pytest.raises(FastdiffError, match=said):
+            student_cells(student_of, beside, setup)
 
 
 def test_a_student_of_another_network_is_matched_at_every_count(teacher, tmp_path):
