@@ -115,7 +115,21 @@ def student_cells(student: Denoiser, teacher: Denoiser, setup: Setup) -> list[Ce
     if taught != teacher.hash:
         raise FastdiffError(f"this student's teacher has the hash {taught[:12]}..., the checkpoint {teacher.hash[:12]}...: "
                             "a student is measured beside its own teacher")  # fmt: skip
-    return [replace(cell, student=student) for cell in tuned_cells(student, setup)]
+    return [replace(cell, student=student) for cell in tuned_cells(student, student_setup(student, setup))]
+
+
+def student_setup(student: Denoiser, setup: Setup) -> Setup:
+    """The setup as a student runs it: one that learned a scale of guidance is not guided by it again.
+
+    Raises:
+        FastdiffError: it learned another scale than the setup's.
+    """
+    scale = float(student.info.get("training", {}).get("distilled", {}).get("guidance", 1.0))
+    if scale == 1.0:
+        return setup
+    if scale != setup.guidance:
+        raise FastdiffError(f"this student learned guidance at scale {scale:g}: measure it beside its teacher at that scale")
+    return replace(setup, guidance=1.0)
 
 
 def quick_cells() -> list[Cell]:

@@ -23,7 +23,7 @@ from ..noise import normal
 from ..plans import Plan
 from ..sampling import sample
 from ..solvers import plan
-from .cells import Cell, Setup
+from .cells import Cell, Setup, student_setup
 from .converged import FIRST_STEPS, GRID, PROBE, SOLVER, Converged, converge, rmse, shipped
 from .scoring import Scorer
 
@@ -138,8 +138,10 @@ class Bench:
     def _measure(self, cell: Cell, progress: Progress | None) -> tuple[Record, Tensor]:
         table = cell.plan(self.denoiser)
         start = time.perf_counter()
-        sampled = cell.student or self.sampled
-        x, calls = self._sample(sampled, lambda den: table, self.setup, f"{cell.line} · {cell.nfe}", progress)
+        sampled, setup = self.sampled, self.setup
+        if cell.student is not None:
+            sampled, setup = cell.student, student_setup(cell.student, setup)
+        x, calls = self._sample(sampled, lambda den: table, setup, f"{cell.line} · {cell.nfe}", progress)
         seconds = time.perf_counter() - start
         record: Record = {
             "solver": cell.solver, "grid": cell.grid, "line": cell.line, "nfe": cell.nfe, "network_calls": calls,

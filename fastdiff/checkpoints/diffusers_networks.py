@@ -5,13 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, FastdiffError
+from ..models.labelled import Labelled
 
 Config = Mapping[str, Any]
 Classes = tuple[int, bool] | None  # rows of the class embedding, and whether the last stands for "no class"
@@ -33,7 +33,7 @@ class Network(nn.Module):
         self.may_take: Rows = {MASK: (None,)} if MASK in inspect.signature(model.forward).parameters else {}
         self.conditions = tuple(dict.fromkeys(name.partition(".")[0] for name in self.takes))
         rows, has_null = classes or (None, False)
-        self.config = SimpleNamespace(num_classes=rows)
+        self.config = Labelled(rows)
         self.null_label = rows - 1 if rows and has_null else None
         self.whole_times = getattr(model, "config", {}).get("time_embedding_type") == "learned"  # a table, one row a step
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from ..denoiser import Denoiser
 from ..errors import CheckpointError
 from ..files import sha256
+from ..models.labelled import Labelled
 from ..schedule import from_config
 from . import native
 from .onnx_network import OnnxNetwork
@@ -28,7 +28,7 @@ class _Session:
     """Stands where other denoisers have a network: what it can be asked about classes."""
 
     def __init__(self, num_classes: int | None, null_label: int | None) -> None:
-        self.config = SimpleNamespace(num_classes=num_classes)
+        self.config = Labelled(num_classes)
         self.null_label = null_label
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:

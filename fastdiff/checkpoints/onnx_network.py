@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, FastdiffError
+from ..models.labelled import Labelled
 from .weights import listed
 
 DTYPES = {
@@ -55,7 +55,7 @@ class OnnxNetwork:
         }  # fmt: skip
         self.batch, *sides = self.inputs[x].shape
         self.shape: tuple[int | str, ...] = tuple(sides)  # of one sample; text where any length will do
-        self.config = SimpleNamespace(num_classes=None)
+        self.config = Labelled(None)
 
     def __call__(self, x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
         given = {"x": x, "t": t, **cond}

@@ -37,6 +37,7 @@ def distill(
     phases: Annotated[int | None, typer.Option(min=1, help="ect: stages of ever closer pairs")] = None,
     data: Annotated[Path | None, typer.Option(help=".npz or folder of images, where the method needs them")] = None,
     lora: Annotated[int, typer.Option(min=0, help="rank of a LoRA student (peft), saved merged and as an adapter; 0 = full")] = 0,
+    guidance: Annotated[float, typer.Option(help="scale that the teacher is guided with; its student needs none")] = 1.0,
     network: Annotated[str | None, typer.Option(help='U-Net settings of another student, such as {"model_channels": 32}')] = None,
     prediction: Annotated[str | None, typer.Option(help="of the student: v, x0 or both; else what the teacher predicts")] = None,
     match_updates: Annotated[int | None, typer.Option(min=1, help="of its first stage: to predict what the teacher does")] = None,
@@ -70,7 +71,9 @@ def distill(
     if view_every:
         need_pictures(fsdp)
     check_folder(out)
-    settings = Settings(seed, accumulate=accumulate, bf16=bf16, checkpointing=checkpointing, lora=lora, sharded=fsdp)
+    settings = Settings(
+        seed, accumulate=accumulate, bf16=bf16, checkpointing=checkpointing, lora=lora, guidance=guidance, sharded=fsdp
+    )
     run = Distiller(load(teacher), recipe, out, load_images(data) if data else None, settings)
     follow(run, View(run, view_every, view_n) if view_every and run.world.first else None, save_every)
     if run.world.first:

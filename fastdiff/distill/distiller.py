@@ -17,6 +17,7 @@ from ..checkpoints import load, native, others
 from ..denoiser import Denoiser
 from ..errors import FastdiffError
 from ..files import write_bytes
+from ..guide import cfg
 from ..models import UNet
 from ..parallel import join
 from ..resume import check_same, read_state
@@ -38,6 +39,8 @@ class Settings:
         bf16: bfloat16 autocast of student, teacher and targets; the weights and their optimiser stay float32.
         checkpointing: activations are computed again in the backward pass: less memory, about a third more time.
         lora: rank of a LoRA student (peft); 0 = all weights learn. Its file is an ordinary checkpoint, its adapter beside it.
+        guidance: the scale of classifier-free guidance that the teacher runs with; the student, sampled without any, does the
+            same with half the calls. Any network can learn one scale; a range of them as an input is fastdiff's own U-Net's.
         sharded: under `torchrun`, each process holds a share of every weight (FSDP2) instead of all of them (DDP).
     """
 
@@ -47,6 +50,7 @@ class Settings:
     bf16: bool = False
     checkpointing: bool = False
     lora: int = 0
+    guidance: float = 1.0
     sharded: bool = False
 
     def __post_init__(self) -> None:
@@ -85,6 +89,7 @@ class Distiller:
         self.method, self.out, self.data, self.settings = method, out, data, settings or Settings()
         self.source, self.stages = teacher, method.stages()
         network = self._new_student()
+        self._check_guidance()
         assert isinstance(teacher.network, nn.Module)
         self.fingerprint = teacher.hash or fingerprint(teacher.network)
         check_data(teacher, method, data)
@@ -126,19 +131,34 @@ class Distiller:
         network = student_network(self.source, self.method)
         s = self.settings
         if not own_format(self.source):
-            asked = {"LoRA": s.lora, "checkpointing": s.checkpointing, "shards of weights": s.sharded}
-            if refused := [name for name, on in asked.items() if on]:
-                raise FastdiffError(f"{', '.join(refused)}: of fastdiff's own U-Net alone; leave it out for a network of another "
-                                    "library")  # fmt: skip
-            return network
-        assert isinstance(network, UNet)
-        network.checkpointing = s.checkpointing
+            if s.sharded:
+                raise FastdiffError("shards of weights are cut from fastdiff's own U-Net alone: leave them out")
+            if s.checkpointing:
+                _checkpoint(network)
+        elif isinstance(network, UNet):
+            network.checkpointing = s.checkpointing
         if not s.lora:
             return network
         if isinstance(self.method, Match):
             raise FastdiffError("a LoRA student is its teacher's own weights and a term beside them: leave out --network and "
                                 "--prediction, or --lora")  # fmt: skip
         return lora.adapt(network, s.lora)
+
+    def _check_guidance(self) -> None:
+        """
+        Raises:
+            FastdiffError: guidance of a teacher that knows none, or beside a method that has scales of its own.
+        """
+        scale = self.settings.guidance
+        if scale == 1.0:
+            return
+        if not self.method.asks_teacher:
+            raise FastdiffError(f"{self.method.name} never asks the teacher, so its guidance teaches nothing: leave it out")
+        if getattr(self.method, "scales", None) or getattr(self.source.network, "guidance_range", None):
+            raise FastdiffError("one scale of guidance, or a range of them as an input: leave out guidance or scales")
+        labels = {"class_labels": torch.zeros(1, dtype=torch.long)} if self.source.num_classes else {}
+        teacher = self.source.bind(**labels)
+        cfg(teacher, scale, negative=teacher.unprompted)
 
     def run(self, callback: Callable[[Progress], None] | None = None, save_every: float = 60.0) -> Denoiser:
         """Trains to the end of the last stage; an exception saves the updates done. Returns the student with its plan."""
@@ -192,6 +212,8 @@ class Distiller:
         student, target = (d.bind(**bound, **scale) for d in (self.student, self.target))
         takes = getattr(self.teacher.network, "guidance_range", None) is not None
         teacher = self.teacher.bind(**bound, **(scale if takes else {}))
+        if self.settings.guidance != 1.0 and not self._taught:
+            teacher = cfg(teacher, self.settings.guidance, negative=teacher.unprompted)
         with torch.autocast(batch.noise.device.type, torch.bfloat16, enabled=self.settings.bf16):
             loss = self.method.loss(student, teacher, target, batch) / self.settings.accumulate
         loss.backward()
@@ -320,6 +342,19 @@ class Distiller:
             self._teach_with(state["teacher"])
         self._begin()
         load_optimiser(self.optimiser, state["optimiser"])
+
+
+def _checkpoint(network: nn.Module) -> None:
+    """Has the network of another library compute activations twice, in the way of diffusers and transformers.
+
+    Raises:
+        FastdiffError: a network that has no such mode.
+    """
+    able = next((m for m in network.modules() if callable(getattr(m, "enable_gradient_checkpointing", None))), None)
+    if able is None or getattr(able, "_supports_gradient_checkpointing", True) is False:
+        name = type(able or network).__name__
+        raise FastdiffError(f"checkpointing: a {name} has no such mode (enable_gradient_checkpointing); leave it out")
+    able.enable_gradient_checkpointing()  # type: ignore[operator]
 
 
 def _interrupted(callback: Callable[[Progress], None] | None, progress: Progress) -> bool:

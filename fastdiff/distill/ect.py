@@ -34,6 +34,7 @@ class ECT(Method):
 
     name: ClassVar[str] = "ect"
     needs_data: ClassVar[bool] = True
+    asks_teacher: ClassVar[bool] = False
     chained: ClassVar[bool] = False
 
     steps: int = 2

@@ -12,7 +12,6 @@ from torch import nn
 
 from ..errors import FastdiffError
 from ..files import write_bytes
-from ..models import UNet
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")  # peft's own format: PeftModel.from_pretrained(unet, folder)
 ADDED = ("guidance_embed", "steps_embed")  # inputs that the teacher has not: there is nothing to adapt, they are trained whole
@@ -29,7 +28,7 @@ def check_rank(rank: int) -> None:
         raise FastdiffError("a LoRA student needs peft: pip install 'fastdiff[lora]'")
 
 
-def adapt(network: UNet, rank: int) -> nn.Module:
+def adapt(network: nn.Module, rank: int) -> nn.Module:
     """The network as peft's model: beside every linear layer and convolution W a trainable term B A of `rank`, B = 0 at first.
 
     The term is added unscaled (lora_alpha = rank). peft has the same for convolutions: A has the layer's kernel, B is 1x1.
@@ -38,14 +37,16 @@ def adapt(network: UNet, rank: int) -> nn.Module:
 
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d)
     layers = [name for name, m in network.named_modules() if isinstance(m, kinds) and not name.startswith(ADDED)]
-    added = [name for name in ADDED if getattr(network, name) is not None] or None
+    added = [name for name in ADDED if getattr(network, name, None) is not None] or None
+    if not layers:
+        raise FastdiffError(f"a LoRA student needs linear layers or convolutions; a {type(network).__name__} has none")
     with torch.random.fork_rng(devices=[]):  # A is drawn: the same in every run
         torch.manual_seed(0)
         adapted = get_peft_model(network, LoraConfig(r=rank, lora_alpha=rank, target_modules=layers, modules_to_save=added))
     return adapted.eval()
 
 
-def merged(adapted: nn.Module) -> UNet:
+def merged(adapted: nn.Module) -> nn.Module:
     """An ordinary network with the same output: W + B A in place of both."""
     return copy.deepcopy(adapted).merge_and_unload()  # type: ignore[operator]
 

@@ -56,6 +56,7 @@ class Method(ABC):
     name: ClassVar[str]
     needs_data: ClassVar[bool]
     why_data: ClassVar[str] = ""  # beside the method's name, where it is not the method itself that needs them
+    asks_teacher: ClassVar[bool] = True  # whether its loss calls the teacher, which may then be guided
     chained: ClassVar[bool]  # whether a stage's student is the next one's teacher
 
     def settings(self) -> dict[str, Any]:

@@ -45,13 +45,16 @@ def need_pictures(sharded: bool) -> None:
 class View:
     """Looks at a run every `every` updates with `n` seeds that no update draws; what it saw is in history.jsonl and report.html.
 
-    A student of guidance is looked at without any (scale 1), or at the scale nearest to that.
+    A student that takes the scale of guidance is looked at without any (scale 1), or at the scale nearest to that; beside one
+    that learned a single scale the teacher is guided.
     """
 
     def __init__(self, run: Distiller, every: int, n: int) -> None:
         self.run, self.every = run, every
         low, high = getattr(run.network, "guidance_range", None) or (1.0, 1.0)
         self.setup = Setup(n, guidance=min(max(1.0, low), high))
+        fixed = run.settings.guidance
+        self.teaching = self.setup if fixed == 1.0 else Setup(n, guidance=fixed)
         self.scorer = scorer_for(run.source) if n >= FEWEST else None
         self.path = run.out / "history.jsonl"
         self.rows = self._kept()
@@ -64,7 +67,7 @@ class View:
             return None
         stage = self.run.stages[p.stage]
         table = self.run.method.plan(stage, self.run.source.schedule)
-        self.student = self._samples(self.run.student.with_network(self.run.saved_network), table)
+        self.student = self._samples(self.run.student.with_network(self.run.saved_network), table, self.setup)
         row: dict[str, Any] = {"update": done, "steps": stage.steps, "loss": p.loss, "images_per_second": p.images_per_second}
         if not table.stochastic:
             row["rmse"] = rmse(self.student, self._teacher())
@@ -102,15 +105,15 @@ class View:
         rows = [json.loads(line) for line in self.path.read_text().splitlines()]
         return [row for row in rows if row["update"] <= done]
 
-    def _samples(self, denoiser: Denoiser, table: Plan) -> torch.Tensor:
-        return torch.cat([sample(den, table, seeds=seeds) for seeds, den in self.setup.batches(denoiser)])
+    def _samples(self, denoiser: Denoiser, table: Plan, setup: Setup) -> torch.Tensor:
+        return torch.cat([sample(den, table, seeds=seeds) for seeds, den in setup.batches(denoiser)])
 
     def _teacher(self) -> torch.Tensor:
         """The teacher's endpoints: those that ship with it, or made once."""
         if self.endpoints is None:
-            stored = shipped(self.run.source, self.setup.n) if self.setup.guidance == 1.0 else None
+            stored = shipped(self.run.source, self.setup.n) if self.teaching.guidance == 1.0 else None
             table = plan(SOLVER, self.run.source, ANCHOR_STEPS, grid=GRID)
-            self.endpoints = stored.x.float() if stored else self._samples(self.run.source, table)
+            self.endpoints = stored.x.float() if stored else self._samples(self.run.source, table, self.teaching)
         return self.endpoints
 
     def _picture(self) -> None:

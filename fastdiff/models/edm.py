@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..errors import FastdiffError
+from .labelled import Labelled
 
 Shapes = Mapping[str, tuple[int, ...]]
 ENCODER = ("conv", "down", "aux_down", "aux_skip", "aux_residual", "block")
@@ -141,7 +141,7 @@ class EDMUNet(nn.Module):
             self.out_norm, self.out_conv = Norm(below(shapes, "out_norm."), 1e-5), Conv(below(shapes, "out_conv."))
         self.side = max(int(name.split("x")[0]) for name in self.enc)
         classes = shapes["map_label.weight"][1] if self.map_label is not None else None
-        self.config = SimpleNamespace(num_classes=classes)
+        self.config = Labelled(classes)
 
     def _half(self, shapes: Shapes, kinds: tuple[str, ...], sign: int) -> nn.ModuleDict:
         """The blocks of one half in the order they run: by resolution, then kind, then number."""

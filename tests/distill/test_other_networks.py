@@ -15,9 +15,10 @@ from torch import nn
 
 import fastdiff as fd
 from fastdiff.bench.converged import rmse
-from fastdiff.distill import Consistency, Distiller, Guided, Match, Progressive, Settings, Trajectory
+from fastdiff.distill import ECT, Consistency, Distiller, Guided, Match, Progressive, Settings, Trajectory
 from fastdiff.distill.segments import nodes
 from fastdiff.errors import CheckpointError, FastdiffError
+from fastdiff.models.labelled import Labelled
 from fastdiff.training.data import Images
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # inside diffusers itself
@@ -35,6 +36,21 @@ def edm_file(path, name="ddpm++ of classes", **metadata):
     weights = {f"model.{k}": v for k, v in peer_networks.weights(peer_networks.cases()[f"edm {name}"]["weights"]).items()}
     save_file(weights, path / "edm.safetensors", metadata=metadata or None)
     return path / "edm.safetensors"
+
+
+class OfClasses(nn.Module):
+    """A network of somebody's own with classes."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(2)
+        self.enter, self.leave = nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 1, 3, padding=1)
+        self.classes = nn.Embedding(4, 16)
+        self.null_label, self.config = 3, Labelled(4)
+
+    def forward(self, x, t, class_labels):
+        h = self.enter(x) + self.classes(class_labels)[:, :, None, None]
+        return self.leave(torch.tanh(h * (1 + t.float().view(-1, 1, 1, 1))))
 
 
 class Tied(nn.Module):
@@ -177,7 +193,9 @@ def test_what_such_a_student_cannot_be_is_one_line(tmp_path):
         (teacher, Trajectory(counts=(1, 2)), {}, "number of its calls"),
         (teacher, Match(SHORT, {"model_channels": 32}), {}, "other settings"),
         (teacher, Match(SHORT, predicts="both"), {}, "a second output"),
-        (teacher, SHORT, {"checkpointing": True}, "checkpointing: of fastdiff's own"),
+        (python_teacher(), SHORT, {"checkpointing": True}, "no such mode"),
+        (python_teacher(), SHORT, {"guidance": 2.0}, "guidance needs"), (own, ECT(), {"guidance": 2.0}, "never asks the teacher"),
+        (own, Trajectory(scales=(1.0, 2.0)), {"guidance": 2.0}, "one scale of guidance, or a range"),
         (guided, SHORT, {}, "a plain Denoiser, not a Guided"), (python_teacher(shape=None), SHORT, {}, "shape of a sample"),
         (python_teacher().with_network(nn.Identity()), SHORT, {}, "with parameters"),
     ]  # fmt: skip
@@ -213,3 +231,37 @@ def test_the_command_line_takes_a_folder_of_diffusers(fastdiff, tmp_path):
     assert code == 0 and "2 network calls a sample" in out, (out, err)
     code, out, err = fastdiff("info", tmp_path / "s")
     assert code == 0 and "ddim, 2 calls" in out and "eps" in out
+
+
+def test_a_student_of_one_scale_of_guidance_does_in_one_call_what_its_teacher_does_in_two(tmp_path):
+    """A network of somebody's own with three classes and a row for none: the student needs no guidance, and no input for it."""
+    teacher = python_teacher().with_network(OfClasses())
+    method = Trajectory(1, updates=60, lr=2e-3, batch=8, calls=1)
+    student = Distiller(teacher, method, tmp_path / "s", settings=Settings(guidance=4.0)).run()
+    assert student.info["training"]["distilled"]["guidance"] == 4.0
+    labels = torch.arange(6) % teacher.num_classes
+    one, plain = (d.bind(class_labels=labels) for d in (student, teacher))
+    two = fd.guide.cfg(plain, 4.0, negative=teacher.unprompted)
+    assert (one.calls, two.calls) == (1, 2)
+    want = fd.sample(two, student.plan, seeds=range(6))
+    errors = [rmse(fd.sample(d, student.plan, seeds=range(6)), want) for d in (one, plain)]
+    assert errors[0] < 0.8 * errors[1], errors
+
+
+@pytest.mark.slow
+def test_a_lora_student_of_diffusers_with_less_memory(tmp_path):
+    """It starts as its teacher; its file is an ordinary student's; peft loads its adapter into the teacher's own class."""
+    peft = pytest.importorskip("peft")
+    teacher = fd.load(folder(tmp_path / "m", num_class_embeds=4))
+    run = Distiller(teacher, SHORT, tmp_path / "s", settings=Settings(lora=2, checkpointing=True))
+    assert same(run.student, teacher)
+    learning = [name for name, p in run.network.named_parameters() if p.requires_grad]
+    assert learning and all("lora_" in name for name in learning)
+    student = run.run()
+    assert not same(student, teacher) and type(student.network) is type(teacher.network)
+    fresh = fd.load(tmp_path / "m")
+    adapted = peft.PeftModel.from_pretrained(fresh.network, tmp_path / "s" / "adapter").eval()
+    x, t = torch.randn(3, *teacher.shape), torch.tensor([900.0, 500.0, 100.0], dtype=torch.float64)
+    with torch.no_grad():
+        got, want = bound(fresh.with_network(adapted))(x, t), bound(student)(x, t)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-3)
