@@ -65,13 +65,13 @@ from .distill import follow
 
 RECIPES: dict[str, Method] = {
     "progressive": Progressive(start=16, steps=1, updates=900, lr=3e-4, batch=32, solver="unipc-2", calls=3),
-    "guided": Guided(start=8, steps=4, updates=900, lr=3e-4, batch=32, solver="unipc-2", calls=2),
+    "guided": Guided(start=8, steps=4, updates=700, lr=3e-4, batch=32, solver="unipc-2", calls=2),
     "trajectory": Trajectory(counts=(1, 2, 4), updates=600, lr=4e-4, batch=16, solver="unipc-2", calls=4),
     "trajectory-guided": Trajectory(
         counts=(1, 2, 4), scales=(1.0, 5.0), updates=700, lr=4e-4, batch=16, solver="unipc-2", calls=4
     ),
     "consistency": Consistency(
-        steps=4, segments=1, inner=16, updates=1700, lr=2e-4, batch=32, ema=0.998, solver="unipc-2", calls=2
+        steps=4, segments=1, inner=16, updates=1200, lr=2e-4, batch=32, ema=0.998, solver="unipc-2", calls=2
     ),
     "ect": ECT(steps=4, phases=4, updates=200, lr=2e-4, batch=128, ema=0.99),
 }
@@ -149,6 +149,10 @@ def teacher_record(teacher: Denoiser, out: Path, n: int = N, calls: Sequence[int
         console.print(f"teacher, {table.nfe} evaluations, {line}, scale {scale:g}: RMSE {rows[-1]['rmse']:.4f}", highlight=False)
         files.write_text(path, json.dumps({**head, "versions": versions(), "rows": rows}, indent=1) + "\n")
 
+    if getattr(teacher.network, "null_label", None) is not None:
+        for scale in SCALES:
+            for solver, grid in GUIDED[1]:
+                measure(f"{solver} · {grid}", Cell(solver, grid, GUIDED[0]).plan(teacher), False, scale)
     for nfe in (c for c in calls if not any(r["nfe"] == c and r["best"] for r in rows)):
         tables = {f"{s} · {g}": Cell(s, g, nfe).plan(teacher) for s, g in LINES}
         want = figures.endpoints(1.0)[: short.n]
@@ -156,10 +160,6 @@ def teacher_record(teacher: Denoiser, out: Path, n: int = N, calls: Sequence[int
         best = min(errors, key=lambda line: errors[line])
         for line in dict.fromkeys((best, "ddim · uniform_t")):
             measure(line, tables[line], line == best)
-    if getattr(teacher.network, "null_label", None) is not None:
-        for scale in SCALES:
-            for solver, grid in GUIDED[1]:
-                measure(f"{solver} · {grid}", Cell(solver, grid, GUIDED[0]).plan(teacher), False, scale)
 
 
 def student_record(
