@@ -35,7 +35,7 @@ from ..denoiser import Denoiser
 from ..sampling import sample
 from ..shipped import FASHION_MNIST, STUDENT, write_hashed
 from ..training.data import load_images
-from . import distilled, figures, tuned
+from . import distilled, figures, student_tables, tuned
 from .bench import BEST, FEW, best, measure
 from .console import console, progress_bar
 
@@ -157,7 +157,7 @@ def students(denoiser: Denoiser, what: str, data: Path | None, work: Path, out: 
     if what == "teacher":
         distilled.teacher_record(denoiser, out)
     elif what == "table":
-        files.write_text(out / "DISTILL.md", distilled.table(out))
+        files.write_text(out / "DISTILL.md", student_tables.table(out, list(distilled.RECIPES)))
     else:
         images = load_images(data) if data else None
         distilled.student_record(denoiser, what, distilled.RECIPES[what], images, work / f"distill-{what}", out)

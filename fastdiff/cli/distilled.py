@@ -62,6 +62,7 @@ from ..solvers import plan
 from ..training.data import Images
 from .console import console
 from .distill import follow
+from .student_tables import read
 
 RECIPES: dict[str, Method] = {
     "progressive": Progressive(start=16, steps=1, updates=900, lr=3e-4, batch=32, solver="unipc-2", calls=3),
@@ -81,7 +82,6 @@ LINES = (
     ("unipc-3", "uniform_t"), ("ipndm-2", "beta"), ("ipndm-3", "beta"),
 )  # fmt: skip
 CALLS = (1, 2, 4, 8, 16, 50)
-COLUMNS = (1, 2, 4, 8)
 SEEDS = (0, 1_000_000, 2_000_000)  # first seeds of the three sets a student is measured on; the teacher's rows take the first
 SCALES = (1.5, 2.0, 3.0, 5.0)
 GUIDED = (4, (("ddim", "uniform_t"), ("ipndm-3", "beta")))  # evaluations of the guided teacher, and by which lines
@@ -136,7 +136,7 @@ def teacher_record(teacher: Denoiser, out: Path, n: int = N, calls: Sequence[int
     of guidance is held against. Resumes after its rows."""
     scorer = scorer_for(teacher)
     figures, path = Figures(teacher, n, scorer), out / "distill-teacher.json"
-    kept = _read(path) or {}
+    kept = read(path) or {}
     rows = kept["rows"] if (kept.get("teacher"), kept.get("n")) == (teacher.hash, n) else []
     head = {"teacher": teacher.hash, "n": n, "floor": scorer.anchor(n) if scorer else None}
     had = {(r["line"], r["nfe"], r["guidance"]) for r in rows}
@@ -195,6 +195,7 @@ def student_record(
     record = {
         "method": name, "settings": {**method.settings(), "bf16": HOW.bf16},
         "seconds": json.loads(clock.read_text()), "updates": total, "images": sum(s.updates * s.batch for s in run.stages),
+        "units": sum(s.updates * s.batch * method.units(i) for i, s in enumerate(run.stages)),
         "skipped": run.skipped, "teacher": teacher.hash, "rows": rows, "versions": versions(),
     }  # fmt: skip
     files.write_text(out / f"distill-{name}.json", json.dumps(record, indent=1) + "\n")
@@ -205,7 +206,7 @@ def shipped_record(teacher: Denoiser, student: Denoiser, out: Path, n: int = MAN
     Resumes after its rows."""
     path, figures = out / "student.json", Figures(teacher, n, scorer_for(teacher))
     head = {"student": student.hash, "teacher": teacher.hash, "n": n}
-    kept = _read(path) or {}
+    kept = read(path) or {}
     rows = kept.get("rows", []) if {k: kept.get(k) for k in head} == head else []
     for own in student.tuned:
         for scale in (1.0, SCALES[0]):
@@ -214,57 +215,3 @@ def shipped_record(teacher: Denoiser, student: Denoiser, out: Path, n: int = MAN
             rows.append({"line": "student", **figures.row(student, own, scale=scale)})
             console.print(f"student, {own.nfe} calls, scale {scale:g}", highlight=False)
             files.write_text(path, json.dumps({**head, "versions": versions(), "rows": rows}, indent=1) + "\n")
-
-
-def table(records: Path) -> str:
-    """DISTILL.md: methods by calls; FD-clf, KID-clf, recall, accuracy and paired error in a cell, and what the training took."""
-    lines = ["# Students of the shipped model", "", HEAD, ""]
-    lines.append("| method | " + " | ".join(f"{n} calls" for n in COLUMNS) + " | minutes | images |")
-    lines.append("|---" * (len(COLUMNS) + 3) + "|")
-    teacher = _read(records / "distill-teacher.json")
-    if teacher is not None:
-        for name, wanted in (("teacher, DDIM", False), ("teacher, best hand-made", True)):
-            plain = [r for r in teacher["rows"] if r["guidance"] == 1.0]
-            rows = {r["nfe"]: r for r in plain if (r["best"] if wanted else r["line"] == "ddim · uniform_t")}
-            lines.append(f"| {name} | " + " | ".join(_cell(rows.get(n)) for n in COLUMNS) + " | - | - |")
-    for name in RECIPES:
-        record = _read(records / f"distill-{name}.json")
-        if record is None:
-            lines.append(f"| {name} | " + " | ".join("not trained" for _ in COLUMNS) + " | - | - |")
-            continue
-        rows = {r["network_calls"]: r for r in record["rows"] if r["line"] == name and r["guidance"] == 1.0}
-        cells = " | ".join(_cell(rows.get(n)) for n in COLUMNS)
-        lines.append(f"| {name} | {cells} | {record['seconds'] / 60:.0f} | {record['images']:,} |")
-    records_of = [r for name in RECIPES if (r := _read(records / f"distill-{name}.json"))]
-    return "\n".join([*lines, *_guided(teacher, records_of)]) + "\n"
-
-
-HEAD = (
-    "A cell: FD-clf / 1000 KID-clf / recall / class accuracy / paired RMSE from the teacher's converged ODE (a dash where\n"
-    "sampling draws noise, or where n is too small for FD-clf). Students: means over three sets of seeds. Made by\n"
-    "`python -m fastdiff.cli.artefacts --only distill-teacher,distill-METHOD,distill-table`."
-)
-
-
-def _guided(teacher: dict[str, Any] | None, students: list[dict[str, Any]]) -> list[str]:
-    """The rows under guidance, the teacher's beside those of the students that take the scale."""
-    rows = [r for record in students for r in record["rows"] if r["guidance"] != 1.0]
-    if not rows:
-        return []
-    rows += [{**r, "line": f"teacher, {r['line']}"} for r in (teacher or {"rows": []})["rows"] if r["guidance"] != 1.0]
-    out = ["", "| guidance | network calls | who | figures |", "|---|---|---|---|"]
-    for row in sorted(rows, key=lambda r: (r["guidance"], r["network_calls"])):
-        out.append(f"| {row['guidance']:g} | {row['network_calls']} | {row['line']} | {_cell(row)} |")
-    return out
-
-
-def _cell(row: dict[str, Any] | None) -> str:
-    if row is None:
-        return "-"
-    forms = (("fd_clf", "{:.3f}", 1.0), ("kid_clf", "{:.1f}", 1e3), ("recall", "{:.2f}", 1.0), ("class_accuracy", "{:.1%}", 1.0),
-             ("rmse", "{:.3f}", 1.0))  # fmt: skip
-    return " / ".join(form.format(row[k] * factor) if row.get(k) is not None else "-" for k, form, factor in forms)
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text()) if path.exists() else None

@@ -80,6 +80,9 @@ class Consistency(Method):
         self._times, self._last = starts, last
         self._alpha, self._sigma = alpha[last, -1], sigma[last, -1]
 
+    def units(self, number: int) -> int:
+        return self.calls + 1 + 3
+
     def loss(self, student: Denoiser, teacher: Denoiser, target: Denoiser, batch: Batch) -> Tensor:
         points = self._teacher
         assert points is not None, "a method begins a stage before its first loss"

@@ -61,6 +61,9 @@ class ECT(Method):
     def begin(self, number: int, schedule: NoiseSchedule) -> None:
         self._nearness = self.q ** -(number + 1)
 
+    def units(self, number: int) -> int:
+        return 1 + 3
+
     def loss(self, student: Denoiser, teacher: Denoiser, target: Denoiser, batch: Batch) -> Tensor:
         schedule, x0 = student.schedule, batch.images
         n, shape = len(x0), (-1, *(1,) * (x0.ndim - 1))

@@ -49,6 +49,9 @@ class Guided(Progressive):
         super().begin(number, schedule)
         self._first = number == 0
 
+    def units(self, number: int) -> int:
+        return (2 * self.calls if number == 0 else 2) + 3
+
     def loss(self, student: Denoiser, teacher: Denoiser, target: Denoiser, batch: Batch) -> Tensor:
         assert batch.scales is not None, "the student of `network` takes a scale"
         two = contrast(teacher, batch) if self._first else teacher

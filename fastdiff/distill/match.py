@@ -109,6 +109,9 @@ class Match(Method):
         if number:
             self.then.begin(number - 1, schedule)
 
+    def units(self, number: int) -> int:
+        return self.then.units(number - 1) if number else 1 + 3
+
     def loss(self, student: Denoiser, teacher: Denoiser, target: Denoiser, batch: Batch) -> Tensor:
         if not self._matching:
             return self.then.loss(student, teacher, target, batch)

@@ -93,6 +93,10 @@ class Method(ABC):
         """Prepares a stage, by its number from 0."""
 
     @abstractmethod
+    def units(self, number: int) -> int:
+        """What an image costs in a stage, by its number from 0: forward passes of a network, a backward pass counting two."""
+
+    @abstractmethod
     def loss(self, student: Denoiser, teacher: Denoiser, target: Denoiser, batch: Batch) -> Tensor:
         """The loss of one update; a scalar with a graph to the student's weights alone. All conditions are bound already;
         `target` is the average of that name, or the student itself, to be called without gradients."""

@@ -48,6 +48,9 @@ class Progressive(Method):
         solver, calls = (self.solver, self.calls) if number == 0 else ("ddim", 2)
         self._segments = Segments(schedule, times(schedule, self.stages()[number].steps).tolist(), calls, solver)
 
+    def units(self, number: int) -> int:
+        return (self.calls if number == 0 else 2) + 3
+
     def loss(self, student: Denoiser, teacher: Denoiser, target: Denoiser, batch: Batch) -> Tensor:
         return match(self._segments, self.weighting, student, teacher, batch)
 

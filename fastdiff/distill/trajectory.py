@@ -72,11 +72,22 @@ class Trajectory(Method):
         return [Stage(self.steps, self.updates, self.lr, self.batch)]
 
     def begin(self, number: int, schedule: NoiseSchedule) -> None:
-        for n in self.counts or (self.steps,):
+        for n in self._counts:
             self._student[n] = Segments(schedule, times(schedule, n).tolist(), 1)
         for n in {self._taught_by(n) for n in self._student}:
-            calls = -(-self.calls * self.steps // n)
-            self._teacher[n] = Segments(schedule, times(schedule, n).tolist(), calls, self.solver)
+            self._teacher[n] = Segments(schedule, times(schedule, n).tolist(), self._calls(n), self.solver)
+
+    @property
+    def _counts(self) -> tuple[int, ...]:
+        return self.counts or (self.steps,)
+
+    def units(self, number: int) -> int:
+        taught = sum(n * self._calls(n) for n in {self._taught_by(n) for n in self._counts})
+        return taught * (2 if self.scales else 1) + 3 * sum(self._counts)
+
+    def _calls(self, count: int) -> int:
+        """Of the teacher in one of the student's intervals."""
+        return -(-self.calls * self.steps // count)
 
     def _taught_by(self, count: int) -> int:
         """The number of steps of the teacher's run whose points a count's steps end at."""

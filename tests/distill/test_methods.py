@@ -7,16 +7,18 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from torch import nn
 
 import fastdiff as fd
 from fastdiff.bench import Bench, Setup
 from fastdiff.bench.cells import tuned_cells
 from fastdiff.bench.converged import rmse
-from fastdiff.distill import ECT, Consistency, Distiller, Guided, Progressive, Settings, Trajectory
+from fastdiff.distill import ECT, Consistency, Distiller, Guided, Match, Progressive, Settings, Trajectory
 from fastdiff.distill.guided import contrast
 from fastdiff.distill.method import Batch, Stage
 from fastdiff.distill.trajectory import followed, points
 from fastdiff.errors import FastdiffError
+from fastdiff.models import UNet
 from fastdiff.training.config import TrainConfig
 from fastdiff.training.data import Images, load_images
 from fastdiff.training.trainer import Trainer
@@ -295,6 +297,33 @@ def test_a_trajectory_student_of_guidance_follows_the_guided_teacher(teacher, tm
     assert student.network.guidance_range == (1.0, 5.0) and student.step_counts == (1, 2)
     guided = fd.guide.cfg(student.bind(class_labels=labels), 3.0)
     assert guided.calls == 1 and fd.sample(guided, student.tuned[0], seeds=range(3)).shape == (3, 1, 8, 8)
+
+
+@pytest.mark.parametrize("method", [
+    Progressive(8, 2, solver="dpmpp-2m", calls=3, **SHORT), Guided(start=4, steps=2, calls=2, **SHORT),
+    Trajectory(counts=(1, 2, 3), calls=2, **SHORT), Trajectory(2, calls=2, scales=(1.0, 3.0), **SHORT),
+    Consistency(inner=4, calls=2, solver="unipc-2", **SHORT), ECT(phases=1, **SHORT),
+    Match(Progressive(4, 2, **SHORT), predicts="x0", updates=1),
+], ids=lambda m: m.name)  # fmt: skip
+def test_a_method_says_what_an_image_costs(method, teacher, images, tmp_path):
+    """Forward passes counted by what runs, a pass with gradients as three."""
+    run, seen = Distiller(teacher, method, tmp_path, images), []
+
+    def hook(module, args, output):
+        if isinstance(module, UNet):
+            seen.append(len(args[0]) * (3 if torch.is_grad_enabled() else 1))
+
+    handle = nn.modules.module.register_module_forward_hook(hook)
+    try:
+        for number, stage in enumerate(run.stages):
+            seen.clear()
+            run.step(stage)
+            # the last point of a segment has no jump left, so a batch of nothing else asks one network less
+            assert sum(seen) / stage.batch == method.units(number), number
+            run.update = stage.updates
+            run._finish(stage)
+    finally:
+        handle.remove()
 
 
 def test_a_student_of_clean_predictions_has_a_plan_for_fewer_calls(teacher, images, tmp_path):

@@ -7,7 +7,7 @@ import tiny
 import torch
 
 import fastdiff as fd
-from fastdiff.cli import distilled
+from fastdiff.cli import distilled, student_tables
 from fastdiff.distill import Guided, Progressive
 from fastdiff.training.data import load_images
 
@@ -21,13 +21,13 @@ def test_a_record_holds_every_finished_stage_and_the_table_says_what_is_not_trai
     monkeypatch.setattr(distilled, "LINES", (("ddim", "uniform_t"), ("dpmpp-2m", "uniform_lambda")))
     monkeypatch.setattr(distilled, "ANCHOR_STEPS", 8)
     images, out = load_images(tiny.npz(tmp_path / "x.npz")), tmp_path / "records"
-    assert distilled.table(out).count("not trained") == 4 * len(distilled.RECIPES)
+    assert student_tables.table(out, list(distilled.RECIPES)).count("not trained") == 6 * len(distilled.RECIPES)
     distilled.teacher_record(teacher, out, n=8, calls=(1, 2))
     distilled.student_record(teacher, "progressive", Progressive(4, 1, updates=2, batch=4), images, tmp_path / "work", out, n=8)
     record = json.loads((out / "distill-progressive.json").read_text())
     assert [r["network_calls"] for r in record["rows"]] == [2, 1] and record["updates"] == 4 and record["seconds"] > 0
     assert all(len(r["runs"]) == 3 and r["rmse"] == r["runs"][0]["rmse"] and "rmse" not in r["runs"][1] for r in record["rows"])
-    text = distilled.table(out)
+    text = student_tables.table(out, list(distilled.RECIPES))
     line = next(row for row in text.splitlines() if row.startswith("| progressive"))
     assert f"{record['rows'][1]['rmse']:.3f}" in line.split("|")[2] and "not trained" not in line
     assert "| teacher, DDIM |" in text and "| ect | not trained" in text
@@ -78,7 +78,7 @@ def test_a_guided_record_compares_half_the_calls(teacher, tmp_path, monkeypatch)
     distilled.teacher_record(teacher, tmp_path, n=4, calls=(1,))
     images = load_images(tiny.npz(tmp_path / "x.npz"))
     distilled.student_record(teacher, "guided", distilled.RECIPES["guided"], images, tmp_path / "g", tmp_path, n=4)
-    table = distilled.table(tmp_path)
+    table = student_tables.table(tmp_path, list(distilled.RECIPES))
     rows = [row for row in table.splitlines() if row.startswith("| 2 |")]
     assert [row.split("|")[2:4] for row in rows] == [[" 2 ", " guided "], [" 4 ", " teacher, ddim · uniform_t "]]
     record = json.loads((tmp_path / "distill-guided.json").read_text())
