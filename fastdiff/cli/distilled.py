@@ -205,9 +205,10 @@ def shipped_record(teacher: Denoiser, student: Denoiser, out: Path, n: int = MAN
     """student.json: the shipped student at each of its numbers of calls, without guidance and at the scale nearest to the data.
     Resumes after its rows."""
     path, figures = out / "student.json", Figures(teacher, n, scorer_for(teacher))
-    head = {"student": student.hash, "teacher": teacher.hash, "n": n}
+    same = {"student": student.hash, "teacher": teacher.hash, "n": n}
     kept = read(path) or {}
-    rows = kept.get("rows", []) if {k: kept.get(k) for k in head} == head else []
+    rows = kept.get("rows", []) if {k: kept.get(k) for k in same} == same else []
+    head = {**same, "floor": figures.scorer.anchor(n) if figures.scorer else None}
     for own in student.tuned:
         for scale in (1.0, SCALES[0]):
             if any((r["nfe"], r["guidance"]) == (own.nfe, scale) for r in rows):

@@ -8,10 +8,12 @@ from typing import Any
 
 from .. import files
 from ..bench.converged import FRACTION
-from . import budgets, solver_table
+from . import budgets, solver_table, student_tables
+from .distilled import RECIPES
 
 START, END = "<!-- figures -->\n", "<!-- end of figures -->"
 GUIDE = ("<!-- guide -->\n", "<!-- end of guide -->")
+STUDENTS = ("<!-- students -->\n", "<!-- end of students -->")
 SOLVERS = ("<!-- solvers -->\n", "<!-- end of solvers -->")
 LINES = ("ddim · uniform_t", "dpmpp-2m · uniform_lambda", "unipc-2 · uniform_t", "ipndm-3 · beta", "tuned")
 BUDGETS = (5, 8, 10, 20)
@@ -31,10 +33,16 @@ def guide(records: Path) -> str:
     return "\n\n".join([budgets.shipped(full), budgets.analytic(exact)]) + "\n"
 
 
+def students(records: Path) -> str:
+    """The block on students."""
+    return student_tables.readme(records, list(RECIPES))
+
+
 def write(readme: Path, records: Path) -> None:
     """Replaces the generated blocks of the README."""
     whole = readme.read_text()
-    for (start, end), block in (((START, END), text(records)), (GUIDE, guide(records)), (SOLVERS, solver_table.markdown())):
+    blocks = {(START, END): text(records), GUIDE: guide(records), SOLVERS: solver_table.markdown(), STUDENTS: students(records)}
+    for (start, end), block in blocks.items():
         before, rest = whole.split(start)
         whole = before + start + block + end + rest.split(end)[1]
     files.write_text(readme, whole)

@@ -9,7 +9,6 @@ from typing import Any
 
 Row = dict[str, Any]
 COLUMNS = (1, 2, 4, 8, 16, 50)
-NEAREST = 1.5  # the scale of guidance at which the shipped model's set lies nearest to the data
 TEACHER = (("teacher, DDIM", "ddim"), ("teacher, best hand-made", "best"))
 
 
@@ -76,3 +75,52 @@ def _cell(row: Row | None) -> str:
 
 def read(path: Path) -> Row | None:
     return json.loads(path.read_text()) if path.exists() else None
+
+
+def readme(records: Path, names: Sequence[str]) -> str:
+    """The README's block: FD-clf by calls of every method, what guidance costs, and the shipped student's own figures."""
+    teacher, shipped = read(records / "distill-teacher.json"), read(records / "student.json")
+    assert teacher is not None and shipped is not None, "the stages distill-teacher and student come first"
+    return "\n\n".join([_by_method(teacher, records, names), _by_scale(teacher, records, names), _shipped(shipped)]) + "\n"
+
+
+def _by_method(teacher: Row, records: Path, names: Sequence[str]) -> str:
+    columns = {title: by_calls(teacher, which) for title, which in TEACHER}
+    columns |= {record["method"]: by_calls(record, record["method"]) for record in _students(records, names)}
+    head = f"FD-clf (and RMSE from the teacher's converged ODE), {teacher['n']:,} images, no guidance:"
+    lines = [head, "", "| calls | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for calls in COLUMNS:
+        cells = [_short(rows.get(calls)) for rows in columns.values()]
+        lines.append(f"| {calls} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _by_scale(teacher: Row, records: Path, names: Sequence[str]) -> str:
+    """FD-clf and accuracy of the students that take the scale of guidance, the teacher's with twice the calls beside them."""
+    rows = [{**r, "line": f"teacher, {r['line'].split(' · ')[0]}"} for r in teacher["rows"]]
+    rows += [r for record in _students(records, names) for r in record["rows"]]
+    rows = [r for r in rows if r["guidance"] != 1.0]
+    keys = sorted({(r["line"], r["network_calls"]) for r in rows}, key=lambda k: (k[0].startswith("teacher"), k))
+    scales = sorted({r["guidance"] for r in rows})
+    lines = ["Under guidance, FD-clf and the share of images that the judge finds to be of the asked-for class:", ""]
+    lines += ["| | calls | " + " | ".join(f"scale {s:g}" for s in scales) + " |", "|---" * (len(scales) + 2) + "|"]
+    for line, calls in keys:
+        found = {r["guidance"]: r for r in rows if (r["line"], r["network_calls"]) == (line, calls)}
+        cells = [f"{r['fd_clf']:.2f}, {r['class_accuracy']:.1%}" if (r := found.get(s)) else "-" for s in scales]
+        lines.append(f"| {line} | {calls} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _shipped(record: Row) -> str:
+    head = f"The shipped student, {record['n']:,} images (real test images: FD-clf {record['floor']['fd_clf']:.4f}):"
+    lines = [head, "", "| calls | scale | FD-clf | 1000 KID-clf | class accuracy | recall |", "|---" * 6 + "|"]
+    for r in record["rows"]:
+        figures = f"{r['fd_clf']:.3f} | {1e3 * r['kid_clf']:.1f} | {r['class_accuracy']:.1%} | {r['recall']:.2f}"
+        lines.append(f"| {r['network_calls']} | {r['guidance']:g} | {figures} |")
+    return "\n".join(lines)
+
+
+def _short(row: Row | None) -> str:
+    if row is None:
+        return "-"
+    return f"{row['fd_clf']:.2f}" + (f" ({row['rmse']:.3f})" if row.get("rmse") is not None else "")
