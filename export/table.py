@@ -99,11 +99,14 @@ def _walk(group: Sequence[Step], states: np.ndarray, prediction: np.ndarray | No
             states[1 + register] = (p or 0.0) * y + (0.0 if q is None else q * prediction)
         if step.draw is not None:
             states[1 + step.draw] = noises.pop(0)
+        base = sum(w * states[1 + r] for r, w in step.base or ())
+        if step.onto:
+            states[1] = base
         states[0] = sum(w * states[1 + r] for r, w in step.next)
         if step.base is None:
             states[1] = states[0]
         elif step.base:
-            states[1] = sum(w * states[1 + r] for r, w in step.base)
+            states[1] = base
         for register in step.free:
             states[1 + register] = 0.0
     return states

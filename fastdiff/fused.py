@@ -63,12 +63,14 @@ def _matrix(step: Step, folded: Folded | None, same: bool) -> Matrix:
     if step.draw is not None:
         values[step.draw] = {"noise": 1.0}
 
-    def total(terms: Terms) -> Vector:
-        return _add([(w, values.get(r, {r: 1.0})) for r, w in terms])
+    def total(terms: Terms, known: dict[int, Vector]) -> Vector:
+        return _add([(w, known.get(r, {r: 1.0})) for r, w in terms])
 
-    lines: list[tuple[int | None, Vector]] = [(BASE if step.base is None else None, total(step.next))]
+    base = total(step.base or (), values)
+    point = total(step.next, {**values, BASE: base} if step.onto else values)
+    lines: list[tuple[int | None, Vector]] = [(BASE if step.base is None else None, point)]
     if step.base:
-        lines.append((BASE, total(step.base)))
+        lines.append((BASE, base))
     keeps = []
     for register, value in values.items():
         (column, weight), *more = value.items() or [("y", 0.0)]

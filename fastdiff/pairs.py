@@ -240,7 +240,7 @@ PAIRS: dict[str, Pair] = {
     "dpmpp-23": Exponential(3), "dpm-12": Exponential(2, on_eps=True), "dpm-23": Exponential(3, on_eps=True),
     "bosh3": BOSH3, "dopri5": DOPRI5, "unipc-2": Multistep(2), "unipc-3": Multistep(3),
 }  # fmt: skip
-DEFAULT = "unipc-3"  # half the calls of dpmpp-23 at equal error, on the mixture of benches/adaptive.py and on the shipped model
+DEFAULT = "unipc-3"  # 0.5 to 0.7 of dpmpp-23's calls at equal error (benches/results/adaptive.json)
 ALIASES = {"dpm_adaptive": "dpm-23", "dpm-adaptive": "dpm-23", "rk23": "bosh3", "rk45": "dopri5", "unipc": "unipc-2"}
 
 

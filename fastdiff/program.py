@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 Weight = Any  # a float; in a `mapped` program what stands for one: its place in a table, the 0-d tensor that holds it
 Terms = tuple[tuple[int, Weight], ...]  # (register, weight)
 Named = list[tuple[str, float]]
+CANCELLED = 1e-12  # what rounding leaves of two equal weights is a smaller part of them (of the registry's plans 3e-16)
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class Step:
     """A row as an executor runs it: registers instead of positions, zero weights left out, dead registers named.
 
     Register 0 is the base. `keeps` get the prediction D itself, `stores` (register, p, q) p*y + q*D, None for a weight of 0.
-    `next` and `base` are sums; base None means "the next point itself", an empty base means "unchanged".
+    `next` and `base` are sums; base None means "the next point itself", an empty base means "unchanged". With `onto` the base is
+    summed first and register 0 in `next` is the new one: a predictor starts from the corrected state, a term less to sum.
     """
 
     t: float
@@ -31,6 +33,7 @@ class Step:
     base: Terms | None
     free: tuple[int, ...]
     var: tuple[Weight, Weight] | None = None
+    onto: bool = False
 
     def mapped(self, f: Callable[[Weight], Weight]) -> Step:
         """The same step with f(w) for each weight w, called in one order for all steps of the same form."""
@@ -97,11 +100,26 @@ def compile_program(plan: Plan) -> Program:
             for name, p, q in entries if (p, q) != (0.0, 1.0)
         )  # fmt: skip
         draw = None if names.drawn is None else registers.take(names.drawn)
-        point = registers.total(row.next.x, names.next)
         same = row.base == row.next or i == len(named) - 1
         base = None if same else () if row.base.values == (1.0,) else registers.total(row.base.x, names.base)
-        steps.append(Step(row.t, row.calls, keeps, stores, draw, point, base, registers.release(i), row.var))
+        sums = (row.next.x, names.next)
+        over = _over(*sums, row.base.x, names.base) if base else None
+        point = registers.total(*(over or sums))
+        steps.append(Step(row.t, row.calls, keeps, stores, draw, point, base, registers.release(i), row.var, over is not None))
     return Program(opening, tuple(steps))
+
+
+def _over(x: float, terms: Named, base_x: float, base: Named) -> tuple[float, Named] | None:
+    """`next` counted from the new base instead of the old one, where that leaves fewer terms."""
+    if x == 0.0 or base_x == 0.0:
+        return None
+    ratio, own = x / base_x, dict(terms)
+    rest = []
+    for name in dict.fromkeys([*own, *(name for name, _ in base)]):
+        w, taken = own.get(name, 0.0), ratio * dict(base).get(name, 0.0)
+        if abs(w - taken) > CANCELLED * max(abs(w), abs(taken)):
+            rest.append((name, w - taken))
+    return (ratio, rest) if len(rest) < len(terms) else None
 
 
 class _Registers:

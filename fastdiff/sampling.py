@@ -219,10 +219,12 @@ def advance(registers: dict[int, Any], step: Step, predicted: Predicted, draw: C
     if step.draw is not None:
         registers[step.draw] = draw() if v is None or step.var is None else _scaled(draw(), v, *step.var)
     del v
+    if step.onto and step.base:
+        registers[0] = _sum(registers, step.base)
     point = registers[POINT] = _sum(registers, step.next)
     if step.base is None:
         registers[0] = point
-    elif step.base:
+    elif step.base and not step.onto:
         registers[0] = _sum(registers, step.base)
     for r in step.free:
         del registers[r]

@@ -96,7 +96,7 @@ def test_a_saved_plan_and_adaptive_steps(fastdiff, checkpoint):
     want = expected(checkpoint, [5], [2], solver="heun", nfe=7)
     np.testing.assert_array_equal(read(fastdiff.folder / "p" / "seed000005_class2-t-bar.png"), want[0])
     code, out, err = fastdiff("sample", checkpoint, "--adaptive", "--rtol", "0.1", "--atol", "0.1", "--seeds", "0-1")
-    assert code == 0 and not err and "adaptive, rtol 0.1, atol 0.1" in out
+    assert code == 0 and not err and "adaptive unipc-3, rtol 0.1, atol 0.1" in out
     assert (fastdiff.folder / "out/samples/grid.png").exists()
 
 

@@ -129,7 +129,7 @@ def test_float32_and_a_tight_tolerance_on_gaussian_data():
 
 @pytest.mark.parametrize("name", ["bosh3", "dopri5", "dpm-12", "unipc-2"])
 def test_max_nfe_is_never_passed(name):
-    for limit in (PAIRS[name].calls + 2, 17):
+    for limit in (PAIRS[name].calls + 2, 17):  # "flow" begins at alpha = 0
         with pytest.warns(UserWarning, match="reached max_nfe"):
             out = fd.sample_adaptive(Elementwise(SCHEDULES["flow"]), NOISE, solver=name, rtol=1e-7, atol=1e-7, max_nfe=limit)
         assert int(out.nfe.max()) <= limit and bool(out.x.isfinite().all())

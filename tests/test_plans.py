@@ -261,13 +261,22 @@ def execute(plan, denoise, start, noises=()):
             registers[r] = (0.0 if p is None else p * y) + (0.0 if q is None else q * d)
         if step.draw is not None:
             registers[step.draw] = next(draws)
+        base = total(step.base) if step.base else registers[0]
+        if step.onto:
+            registers[0] = base
         y = total(step.next)
-        base = y if step.base is None else total(step.base) if step.base else registers[0]
-        registers[0] = base
+        registers[0] = y if step.base is None else base
         for r in step.free:
             registers[r] = nan
     assert all(np.isnan(v).all() for v in registers[1:])  # nothing is kept beyond the end
     return y
+
+
+def test_a_predictor_starts_from_the_corrected_state_where_that_is_shorter():
+    """UniPC-2: x, D and the one before it instead of the old base and three predictions; no such step where nothing cancels."""
+    steps = fd.plan("unipc-2", SCHEDULES["vp_cosine"], 8, end="sigma_min", lower_final=False).program.steps
+    assert [(step.onto, len(step.next), len(step.base or ())) for step in steps[2:-1]] == [(True, 3, 4)] * 5
+    assert not any(step.onto for step in fd.plan("dpmpp-2m", SCHEDULES["vp_cosine"], 8).program.steps)
 
 
 @pytest.mark.parametrize("end", ["zero", "sigma_min"])

@@ -103,8 +103,8 @@ def tuned_cells(denoiser: Denoiser, setup: Setup) -> list[Cell]:
     return [Cell("tuned" if "tuned_for" in plan.provenance else "student", "plan", plan.nfe, plan) for plan in plans]
 
 
-def student_cells(student: Denoiser, teacher: Denoiser, setup: Setup) -> list[Cell]:
-    """The plans of a student, to be measured beside its teacher's.
+def student_cells(student: Denoiser, teacher: Denoiser, setup: Setup, name: str = "student") -> list[Cell]:
+    """The plans of a student, to be measured beside its teacher's as a line of that name.
 
     Raises:
         FastdiffError: a student of another teacher, or no student at all.
@@ -115,15 +115,18 @@ def student_cells(student: Denoiser, teacher: Denoiser, setup: Setup) -> list[Ce
     if taught != teacher.hash:
         raise FastdiffError(f"this student's teacher has the hash {taught[:12]}..., the checkpoint {teacher.hash[:12]}...: "
                             "a student is measured beside its own teacher")  # fmt: skip
-    return [replace(cell, student=student) for cell in tuned_cells(student, student_setup(student, setup))]
+    return [replace(cell, solver=name, student=student) for cell in tuned_cells(student, student_setup(student, setup))]
 
 
 def student_setup(student: Denoiser, setup: Setup) -> Setup:
     """The setup as a student runs it: one that learned a scale of guidance is not guided by it again.
 
     Raises:
-        FastdiffError: it learned another scale than the setup's.
+        FastdiffError: it learned another scale than the setup's, or a range that the setup's lies outside of.
     """
+    low, high = getattr(student.network, "guidance_range", None) or (setup.guidance, setup.guidance)
+    if not low <= setup.guidance <= high:
+        raise FastdiffError(f"this student knows guidance scales {low:g} to {high:g}; the benchmark's is {setup.guidance:g}")
     scale = float(student.info.get("training", {}).get("distilled", {}).get("guidance", 1.0))
     if scale == 1.0:
         return setup

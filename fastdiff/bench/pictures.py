@@ -32,10 +32,10 @@ def best_lines(cells: list[dict[str, Any]]) -> list[str]:
         if row.get(key) is not None:
             out.setdefault(row["line"], []).append(row[key])
     ranked = sorted(out, key=lambda name: float(np.mean(out[name][:2]))) or sorted({row["line"] for row in cells})
-    kept = ranked[:MOST_LINES]
     # a student's fewest calls are fewer than a solver's, so its place says little
-    wanted = [name for name in ("student", "ddim · uniform_t") if name in ranked and name not in kept]
-    return [*kept[: MOST_LINES - len(wanted)], *wanted]
+    always = [name for name in ranked if name.startswith("student") or name == "ddim · uniform_t"][:MOST_LINES]
+    kept = {*[name for name in ranked if name not in always][: MOST_LINES - len(always)], *always}
+    return [name for name in ranked if name in kept]
 
 
 def best_sde_line(cells: list[dict[str, Any]], key: str) -> list[str]:
@@ -80,7 +80,7 @@ def samples(record: dict[str, Any], shots: dict[tuple[str, int], np.ndarray], pa
     from matplotlib.figure import Figure
 
     order = best_lines(record["cells"])
-    first = [name for name in order if name.startswith("ddim · ")][:1]
+    first = [*[name for name in order if name.startswith("ddim · ")][:1], *[n for n in order if n.startswith("student")][:1]]
     chosen = first + [name for name in order if name not in first][: MOST_BLOCKS - len(first)]
     columns = [(name, nfe) for name in chosen for nfe in sorted(n for line, n in shots if line == name)]
     columns += [key for key in shots if key[0] == "converged ODE"]

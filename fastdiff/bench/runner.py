@@ -46,7 +46,8 @@ class Bench:
         self.paired_n = min(paired_n, setup.n)  # seeds that the paired error is measured on
         self.shape = denoiser.shape
         self.fingerprint = self._fingerprint()
-        self.sampled = self._compiled() if compile else denoiser  # what makes the samples: cells do not depend on it
+        self.compiled: dict[str, Denoiser] | None = {} if compile else None  # by hash; cells do not depend on it
+        self.sampled = self._as_sampled(denoiser)
         self.records: list[Record] = []
         self.converged: Record = {}
         self.reference: Converged
@@ -140,7 +141,7 @@ class Bench:
         start = time.perf_counter()
         sampled, setup = self.sampled, self.setup
         if cell.student is not None:
-            sampled, setup = cell.student, student_setup(cell.student, setup)
+            sampled, setup = self._as_sampled(cell.student), student_setup(cell.student, setup)
         x, calls = self._sample(sampled, lambda den: table, setup, f"{cell.line} · {cell.nfe}", progress)
         seconds = time.perf_counter() - start
         record: Record = {
@@ -162,10 +163,19 @@ class Bench:
                 progress(what, table.nfe * len(seeds))
         return torch.cat(out), calls
 
-    def _compiled(self) -> Denoiser:
+    def _as_sampled(self, denoiser: Denoiser) -> Denoiser:
+        """What makes the samples: the denoiser itself, or compiled."""
+        if self.compiled is None:
+            return denoiser
+        if denoiser.hash not in self.compiled:
+            self.compiled[denoiser.hash] = self._compile(denoiser)
+        return self.compiled[denoiser.hash]
+
+    def _compile(self, denoiser: Denoiser) -> Denoiser:
         """The denoiser compiled, and called once with a whole batch, so that no cell's time holds the compilation."""
-        compiled = self.denoiser.compiled()
-        seeds, den = self.setup.batches(compiled)[0]
+        compiled = denoiser.compiled()
+        setup = self.setup if denoiser is self.denoiser else student_setup(denoiser, self.setup)
+        seeds, den = setup.batches(compiled)[0]
         try:
             with torch.no_grad():  # as the samples are made, or torch would compile again
                 den(torch.zeros(len(seeds), *self.shape, device=den.device), den.schedule.t_max / 2)

@@ -217,7 +217,7 @@ def main() -> None:
     if args.checkpoint and "model" in stages:
         install(args.checkpoint)
         shutil.rmtree(args.work, ignore_errors=True)
-    if args.student:
+    if args.student and "student" in stages:
         install(args.student, STUDENT)
     denoiser = load("fashion-mnist")
     for stage in stages:

@@ -76,13 +76,21 @@ def bench(
     setup = Setup(count, first_seed, guidance, batch, conditions)
     if not (solvers or grids):
         chosen += tuned_cells(denoiser, setup)
-    for pupil in student or ():
-        chosen += student_cells(load(pupil), denoiser, setup)
+    for pupil, name in student_names(student or []).items():
+        chosen += student_cells(load(pupil), denoiser, setup, name)
     measured = measure(denoiser, chosen, setup, out, scorer, compile=compile)
     if preset == "full" and not n:
         console.print(f"\nthe best {BEST} of each NFE again, with {AGAIN:,} images")
         again = Setup(AGAIN, first_seed, guidance, batch, conditions)
         measure(denoiser, best(measured, chosen), again, out / "n2048", scorer, compile=compile)
+
+
+def student_names(students: list[str]) -> dict[str, str]:
+    """Checkpoints of students and the names of their lines: "student" for one, the last part of the path too for several."""
+    names = {path: "student" if len(students) == 1 else f"student {Path(path).name}" for path in students}
+    if len(set(names.values())) < len(names):
+        names = {path: f"student {path}" for path in students}
+    return names
 
 
 def best(measured: Bench, chosen: list[Cell]) -> list[Cell]:

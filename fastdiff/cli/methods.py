@@ -43,6 +43,7 @@ def by_plan(plan: Plan) -> Method:
 
 def by_adaptive_steps(rtol: float | None, atol: float | None) -> Method:
     from ..adaptive import Control, sample_adaptive
+    from ..pairs import DEFAULT
 
     default = Control()
     control = Control(default.rtol if rtol is None else rtol, default.atol if atol is None else atol)
@@ -50,14 +51,14 @@ def by_adaptive_steps(rtol: float | None, atol: float | None) -> Method:
     def run(denoiser: Denoiser, seeds: list[int]) -> tuple[Tensor, list[int]]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # said once, below, in the command's own words
-            found = sample_adaptive(denoiser, seeds=seeds, rtol=control.rtol, atol=control.atol)
+            found = sample_adaptive(denoiser, seeds=seeds, solver=DEFAULT, rtol=control.rtol, atol=control.atol)
         if bool(found.unfinished.any()):
             tired = [seed for seed, flag in zip(seeds, found.unfinished.tolist(), strict=True) if flag]
             say(f"seeds {tired} reached {control.max_nfe} evaluations before the end: raise --rtol or --atol")
         return found.x, [n * denoiser.calls for n in found.nfe.tolist()]
 
-    identity = {"adaptive": {"rtol": control.rtol, "atol": control.atol}}
-    return Method(f"adaptive, rtol {control.rtol:g}, atol {control.atol:g}", identity, run)
+    identity = {"adaptive": {"solver": DEFAULT, "rtol": control.rtol, "atol": control.atol}}
+    return Method(f"adaptive {DEFAULT}, rtol {control.rtol:g}, atol {control.atol:g}", identity, run)
 
 
 class Made(NamedTuple):

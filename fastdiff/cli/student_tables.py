@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..errors import FastdiffError
+
 Row = dict[str, Any]
 COLUMNS = (1, 2, 4, 8, 16, 50)
 TEACHER = (("teacher, DDIM", "ddim"), ("teacher, best hand-made", "best"))
@@ -80,7 +82,8 @@ def read(path: Path) -> Row | None:
 def readme(records: Path, names: Sequence[str]) -> str:
     """The README's block: FD-clf by calls of every method, what guidance costs, and the shipped student's own figures."""
     teacher, shipped = read(records / "distill-teacher.json"), read(records / "student.json")
-    assert teacher is not None and shipped is not None, "the stages distill-teacher and student come first"
+    if teacher is None or shipped is None:
+        raise FastdiffError(f"{records} lacks distill-teacher.json or student.json: run those stages first")
     return "\n\n".join([_by_method(teacher, records, names), _by_scale(teacher, records, names), _shipped(shipped)]) + "\n"
 
 

@@ -130,13 +130,12 @@ class Distiller:
         """The student as it is before the first update."""
         network = student_network(self.source, self.method)
         s = self.settings
-        if not own_format(self.source):
-            if s.sharded:
-                raise FastdiffError("shards of weights are cut from fastdiff's own U-Net alone: leave them out")
-            if s.checkpointing:
-                _checkpoint(network)
-        elif isinstance(network, UNet):
+        if s.sharded and not own_format(self.source):
+            raise FastdiffError("shards of weights are cut from fastdiff's own U-Net alone: leave them out")
+        if isinstance(network, UNet):
             network.checkpointing = s.checkpointing
+        elif s.checkpointing:
+            _checkpoint(network)
         if not s.lora:
             return network
         if isinstance(self.method, Match):
@@ -152,9 +151,10 @@ class Distiller:
         scale = self.settings.guidance
         if scale == 1.0:
             return
-        if not self.method.asks_teacher:
-            raise FastdiffError(f"{self.method.name} never asks the teacher, so its guidance teaches nothing: leave it out")
-        if getattr(self.method, "scales", None) or getattr(self.source.network, "guidance_range", None):
+        method = self.method.then if isinstance(self.method, Match) else self.method
+        if not method.asks_teacher:
+            raise FastdiffError(f"{method.name} never asks the teacher, so its guidance teaches nothing: leave it out")
+        if getattr(method, "scales", None) or getattr(self.source.network, "guidance_range", None):
             raise FastdiffError("one scale of guidance, or a range of them as an input: leave out guidance or scales")
         labels = {"class_labels": torch.zeros(1, dtype=torch.long)} if self.source.num_classes else {}
         teacher = self.source.bind(**labels)
@@ -345,7 +345,7 @@ class Distiller:
 
 
 def _checkpoint(network: nn.Module) -> None:
-    """Has the network of another library compute activations twice, in the way of diffusers and transformers.
+    """Has the network of another library compute activations twice, in the way of diffusers.
 
     Raises:
         FastdiffError: a network that has no such mode.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -31,15 +32,20 @@ def check_rank(rank: int) -> None:
 def adapt(network: nn.Module, rank: int) -> nn.Module:
     """The network as peft's model: beside every linear layer and convolution W a trainable term B A of `rank`, B = 0 at first.
 
-    The term is added unscaled (lora_alpha = rank). peft has the same for convolutions: A has the layer's kernel, B is 1x1.
+    The term is added unscaled (lora_alpha = rank). peft has the same for convolutions: A has the layer's kernel, B is 1x1; it
+    cannot merge the term of a grouped one, and a weight that two layers share would get both terms: those stay as they are.
     """
     from peft import LoraConfig, get_peft_model
 
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d)
-    layers = [name for name, m in network.named_modules() if isinstance(m, kinds) and not name.startswith(ADDED)]
+    weights = Counter(id(m.weight) for m in network.modules() if isinstance(getattr(m, "weight", None), nn.Parameter))
+    layers = [
+        name for name, m in network.named_modules()
+        if isinstance(m, kinds) and not name.startswith(ADDED) and weights[id(m.weight)] == 1 and getattr(m, "groups", 1) == 1
+    ]  # fmt: skip
     added = [name for name in ADDED if getattr(network, name, None) is not None] or None
     if not layers:
-        raise FastdiffError(f"a LoRA student needs linear layers or convolutions; a {type(network).__name__} has none")
+        raise FastdiffError(f"a LoRA student needs linear layers or convolutions to adapt; a {type(network).__name__} has none")
     with torch.random.fork_rng(devices=[]):  # A is drawn: the same in every run
         torch.manual_seed(0)
         adapted = get_peft_model(network, LoraConfig(r=rank, lora_alpha=rank, target_modules=layers, modules_to_save=added))

@@ -214,6 +214,9 @@ def cfg(
     if (scale is None) == (w is None):
         raise FastdiffError("guidance needs scale= (1 is none) or w= (0 is none), one of the two")
     scale = check_guidance(scale if scale is not None else 1.0 + float(w or 0.0), interval, rescale)
+    learned = denoiser.info.get("training", {}).get("distilled", {}).get("guidance", 1.0) if denoiser.info else 1.0
+    if learned != 1.0:
+        raise FastdiffError(f"this student learned its teacher's guidance at scale {learned:g}, and needs none: leave it out")
     if getattr(denoiser.network, "guidance_range", None) is not None:
         plain = negative is None and interval == EVERYWHERE and not rescale
         return _as_input(denoiser.bind(**(cond or {})), scale, plain)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import fastdiff as fd
-from fastdiff.distill import Consistency, Distiller, Guided, Match, Settings, Trajectory
+from fastdiff.distill import Consistency, Distiller, Guided, Match, Settings, Trajectory, lora
 from fastdiff.errors import FastdiffError
 from fastdiff.training.data import load_images
 
@@ -64,6 +64,26 @@ def test_a_lora_student_begins_as_its_teacher_and_ends_as_a_file_and_an_adapter(
     with torch.no_grad():
         again = run.student.__class__(adapted, student.schedule, student.prediction, time=student.time).bind(**bound.cond)(x, t)
     torch.testing.assert_close(again, bound(x, t), rtol=0, atol=2e-5)
+
+
+def test_what_peft_cannot_merge_is_left_as_it_is():
+    """A grouped convolution, and two layers with one weight: the merged network is the adapted one, to rounding."""
+    pytest.importorskip("peft")
+    torch.manual_seed(0)
+    first, again = nn.Linear(8, 8), nn.Linear(8, 8)
+    again.weight = first.weight
+    network = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1, groups=4), first, again)
+    adapted = lora.adapt(network, 2)
+    learning = {name for name, p in adapted.named_parameters() if p.requires_grad}
+    assert learning == {f"base_model.model.0.lora_{k}.default.weight" for k in "AB"}
+    with torch.no_grad():
+        for p in adapted.parameters():
+            if p.requires_grad:
+                p.normal_()
+    x = torch.randn(2, 4, 8, 8)
+    torch.testing.assert_close(lora.merged(adapted)(x), adapted(x), rtol=0, atol=1e-4)
+    with pytest.raises(FastdiffError, match="a Sequential has none"):
+        lora.adapt(nn.Sequential(nn.SiLU()), 2)
 
 
 def test_a_lora_run_goes_on_bit_for_bit(teacher, images, tmp_path):

@@ -14,12 +14,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 import fastdiff as fd
+from fastdiff.bench import Bench, Setup
+from fastdiff.bench.cells import student_cells
 from fastdiff.bench.converged import rmse
 from fastdiff.distill import ECT, Consistency, Distiller, Guided, Match, Progressive, Settings, Trajectory
 from fastdiff.distill.segments import nodes
 from fastdiff.errors import CheckpointError, FastdiffError
 from fastdiff.models.labelled import Labelled
-from fastdiff.training.data import Images
+from fastdiff.training.data import Images, load_images
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # inside diffusers itself
 SHORT = Trajectory(2, updates=2, batch=2, calls=2, lr=1e-3)
@@ -195,6 +197,8 @@ def test_what_such_a_student_cannot_be_is_one_line(tmp_path):
         (teacher, Match(SHORT, predicts="both"), {}, "a second output"),
         (python_teacher(), SHORT, {"checkpointing": True}, "no such mode"),
         (python_teacher(), SHORT, {"guidance": 2.0}, "guidance needs"), (own, ECT(), {"guidance": 2.0}, "never asks the teacher"),
+        (own, Match(ECT(), predicts="x0"), {"guidance": 2.0}, "never asks the teacher"),
+        (own, Match(Trajectory(scales=(1.0, 2.0)), predicts="x0"), {"guidance": 2.0}, "one scale of guidance, or a range"),
         (own, Trajectory(scales=(1.0, 2.0)), {"guidance": 2.0}, "one scale of guidance, or a range"),
         (guided, SHORT, {}, "a plain Denoiser, not a Guided"), (python_teacher(shape=None), SHORT, {}, "shape of a sample"),
         (python_teacher().with_network(nn.Identity()), SHORT, {}, "with parameters"),
@@ -246,6 +250,49 @@ def test_a_student_of_one_scale_of_guidance_does_in_one_call_what_its_teacher_do
     want = fd.sample(two, student.plan, seeds=range(6))
     errors = [rmse(fd.sample(d, student.plan, seeds=range(6)), want) for d in (one, plain)]
     assert errors[0] < 0.8 * errors[1], errors
+    with pytest.raises(FastdiffError, match="learned its teacher's guidance at scale 4, and needs none"):
+        fd.guide.cfg(one, 4.0)
+    with pytest.raises(FastdiffError, match="other settings: guidance"):
+        Distiller(teacher, method, tmp_path / "s", settings=Settings(guidance=3.0))
+
+
+def test_a_benchmark_runs_such_a_student_without_guidance_beside_its_guided_teacher(tmp_path):
+    own = fd.load(tiny.checkpoint(tmp_path / "t.safetensors"))
+    student = Distiller(own, SHORT, tmp_path / "s", settings=Settings(guidance=3.0)).run()
+    setup = Setup(4, guidance=3.0)
+    (cell,) = student_cells(student, own, setup)
+    record, x = Bench(own, setup, tmp_path / "b", None)._cell(cell, None)
+    labelled = student.bind(class_labels=setup.labels(student))
+    torch.testing.assert_close(x.float(), fd.sample(labelled, seeds=range(4)), rtol=1e-3, atol=1e-3)
+    assert record["network_calls"] == 2
+    with pytest.raises(FastdiffError, match="learned guidance at scale 3"):
+        student_cells(student, own, Setup(4))
+    ranged = Distiller(own, Trajectory(1, updates=1, batch=2, calls=1, scales=(2.0, 5.0)), tmp_path / "r").run()
+    with pytest.raises(FastdiffError, match="knows guidance scales 2 to 5; the benchmark's is 1"):
+        student_cells(ranged, own, Setup(4))
+
+
+def test_the_teacher_is_guided_until_a_student_of_its_own_takes_over(tmp_path):
+    """Progressive distillation: the first stage's targets are the guided teacher's, the second's the student's as it is; a run
+    that is stopped after the hand-over goes on bit for bit."""
+    own, data = fd.load(tiny.checkpoint(tmp_path / "t.safetensors")), load_images(tiny.npz(tmp_path / "x.npz"))
+    method, settings, asked = Progressive(4, 1, updates=2, batch=4), Settings(guidance=3.0), []
+
+    class Watched(Progressive):
+        def loss(self, student, teacher, target, batch):
+            asked.append(teacher.calls)
+            return super().loss(student, teacher, target, batch)
+
+    whole = Distiller(own, Watched(4, 1, updates=2, batch=4), tmp_path / "whole", data, settings).run()
+    assert asked == [2, 2, 1, 1]
+
+    def interrupt(progress):
+        if (progress.stage, progress.update) == (1, 1):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Distiller(own, method, tmp_path / "parts", data, settings).run(interrupt)
+    assert Distiller(own, method, tmp_path / "parts", data, settings).run().hash == whole.hash
 
 
 @pytest.mark.slow
@@ -257,6 +304,11 @@ def test_a_lora_student_of_diffusers_with_less_memory(tmp_path):
     assert same(run.student, teacher)
     learning = [name for name, p in run.network.named_parameters() if p.requires_grad]
     assert learning and all("lora_" in name for name in learning)
+    block = next(m for m in run.network.modules() if type(m).__name__ == "ResnetBlock2D")
+    passes = []
+    block.register_forward_pre_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+    run.step(run.stages[0])
+    assert passes.count(True) == 2 * SHORT.steps, "with gradients once forward and once more in the backward pass"
     student = run.run()
     assert not same(student, teacher) and type(student.network) is type(teacher.network)
     fresh = fd.load(tmp_path / "m")
