@@ -4,22 +4,19 @@ distill-teacher  the teacher at 1 to 50 calls, with DDIM and with the best hand-
 distill-METHOD   trains in the work folder (a stage that is interrupted goes on there), then measures every finished student
 distill-table    DISTILL.md from the records; a method without one reads "not trained"
 
-Budget: planned with 6.7 ms for an image's forward pass of the shipped model and 20 ms forward and backward (one thread, beside
-other work: 4.9 to 7.9 and 16 to 22, whether 32, 64 or 128 in a batch; bfloat16 is no faster here). An image costs:
+Budget: one core each, so that two run at once. An image's forward pass of the shipped model takes 7 ms, forward and backward 20;
+in bfloat16 4.1 and 11.4 (AMD EPYC of 2023, batches of 32 and 128 alike; a processor without its instructions gains nothing). In
+bfloat16 an image costs, and a run should take:
 
-    progressive  3 calls of the teacher, 40 ms in the first stage, 2 calls, 33 ms, after it
-    guided       2 x 2 calls, 47 ms, in the first stage, 2, 33 ms, in the second
-    trajectory   16 calls and 1 + 2 + 4 steps of the student, 247 ms a trajectory
-    consistency  1 call of the teacher, 1 of the average: 33 ms
-    ect          1 call of the student: 27 ms
+    progressive        3 calls of the teacher, 23 ms, later 2, 19    900 updates of 32 in each of 4 stages   39 min
+    guided             2 x 2 calls, 27 ms, then 2, 19 ms             700 updates of 32 in each of 2 stages   17 min
+    trajectory         16 calls and 1 + 2 + 4 of the student, 144    600 updates of 16                       23 min
+    trajectory-guided  2 x 16 calls and the same, 208 ms             700 updates of 16                       39 min
+    consistency        2 calls and 1 of the average, 23 ms           1,200 updates of 32                     15 min
+    ect                1 call of the student, 15 ms                  200 updates of 128 in each of 4 phases  26 min
 
-    progressive  750 updates of 32 in each of 4 stages   56 min (allowed: 60)
-    guided       900 updates of 32 in each of 2 stages   38 min
-    trajectory   600 updates of 16                       40 min
-    consistency  2,200 updates of 32                     39 min
-    ect          170 updates of 128 in each of 4 phases  39 min
-
-Looking at the student adds 1 to 2 minutes; measuring 10 (15 evaluations of 3 x 2,048 images at most), the teacher's rows 30 once.
+They took what DISTILL.md says, a quarter to a third more beside tests. Looking at the student adds 1 to 2 minutes; measuring takes
+14 s a call for 2,048 images, three sets of them, and the teacher's rows an hour once.
 
 Why these settings. Batches of 16 and 32: time goes with images, so a small batch makes more updates of them, and the targets are
 exact (no data noise in them). ECT's target is its own, so it keeps the paper's 128. Rates of 2e-4 to 4e-4 are a quarter to a
