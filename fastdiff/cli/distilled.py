@@ -15,8 +15,8 @@ bfloat16 an image costs, and a run should take:
     consistency        2 calls and 1 of the average, 23 ms           1,200 updates of 32                     15 min
     ect                1 call of the student, 15 ms                  200 updates of 128 in each of 4 phases  26 min
 
-They took what DISTILL.md says, a quarter to a third more beside tests. Looking at the student adds 1 to 2 minutes; measuring takes
-14 s a call for 2,048 images, three sets of them, and the teacher's rows an hour once.
+They took what DISTILL.md says, a quarter to a third more beside tests. Looking at the student adds 1 to 2 minutes; measuring
+takes 14 s a call for 2,048 images, three sets of them, and the teacher's rows an hour once.
 
 Why these settings. Batches of 16 and 32: time goes with images, so a small batch makes more updates of them, and the targets are
 exact (no data noise in them). ECT's target is its own, so it keeps the paper's 128. Rates of 2e-4 to 4e-4 are a quarter to a
