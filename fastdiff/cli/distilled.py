@@ -63,7 +63,7 @@ from .student_tables import read
 
 RECIPES: dict[str, Method] = {
     "progressive": Progressive(start=16, steps=1, updates=900, lr=3e-4, batch=32, solver="unipc-2", calls=3),
-    "guided": Guided(start=8, steps=4, updates=700, lr=3e-4, batch=32, solver="unipc-2", calls=2),
+    "guided": Guided(counts=(1, 2, 4, 8), updates=700, lr=3e-4, batch=32, solver="unipc-2", calls=2),
     "trajectory": Trajectory(counts=(1, 2, 4), updates=600, lr=4e-4, batch=16, solver="unipc-2", calls=4),
     "trajectory-guided": Trajectory(
         counts=(1, 2, 4), scales=(1.0, 5.0), updates=700, lr=4e-4, batch=16, solver="unipc-2", calls=4
@@ -85,7 +85,7 @@ GUIDED = (4, (("ddim", "uniform_t"), ("ipndm-3", "beta")))  # evaluations of the
 N = 2048
 MANY = 10_000  # of what the README says of the shipped student
 LOOKS = 10  # at a student while it learns
-CHOICE = 64  # seeds that choose the teacher's best hand-made solver, and that are paired under guidance
+CHOICE = 64  # seeds that choose the teacher's best hand-made solver
 
 
 class Figures:
@@ -94,7 +94,7 @@ class Figures:
     def __init__(self, teacher: Denoiser, n: int, scorer: Scorer | None) -> None:
         self.teacher, self.n, self.scorer = teacher, n, scorer
         self.paired = min(PAIRED, n)
-        self._endpoints: dict[float, Tensor] = {}
+        self._endpoints: Tensor | None = None
 
     def row(self, denoiser: Denoiser, table: Plan, seeds: Sequence[int] = SEEDS[:1], scale: float = 1.0) -> dict[str, Any]:
         """The means over the sets of seeds, with each set's own figures beside them."""
@@ -104,22 +104,20 @@ class Figures:
             setup = Setup(self.n, first, scale)
             x, calls = draw(denoiser, table, setup)
             found = self.scorer.score(self.teacher.images(x), setup.labels(self.teacher)) if self.scorer else {}
-            if first == 0 and not table.stochastic:
-                want = self.endpoints(scale)
-                found["rmse"] = rmse(x[: len(want)], want)
+            if first == 0 and scale == 1.0 and not table.stochastic:
+                found["rmse"] = rmse(x[: self.paired], self.endpoints())
             runs.append(found)
         means = {k: float(np.mean([r[k] for r in runs if k in r])) for k in runs[0] if isinstance(runs[0][k], float)}
         head = {"plan": table.name, "nfe": table.nfe, "network_calls": calls, "guidance": scale, "n": self.n}
         return {**head, **means, "runs": runs}
 
-    def endpoints(self, scale: float) -> Tensor:
+    def endpoints(self) -> Tensor:
         """Where the teacher's converged ODE takes the first seeds: its stored endpoints, or `ANCHOR_STEPS` steps."""
-        if scale not in self._endpoints:
-            n = self.paired if scale == 1.0 else min(CHOICE, self.paired)
-            stored = shipped(self.teacher, n) if scale == 1.0 else None
+        if self._endpoints is None:
+            stored = shipped(self.teacher, self.paired)
             table = plan(SOLVER, self.teacher, ANCHOR_STEPS, grid=GRID)
-            self._endpoints[scale] = stored.x if stored else draw(self.teacher, table, Setup(n, 0, scale))[0]
-        return self._endpoints[scale]
+            self._endpoints = stored.x if stored else draw(self.teacher, table, Setup(self.paired))[0]
+        return self._endpoints
 
 
 def draw(denoiser: Denoiser, table: Plan, setup: Setup) -> tuple[Tensor, int]:
@@ -143,7 +141,7 @@ def teacher_record(teacher: Denoiser, out: Path, n: int = N, calls: Sequence[int
         if (line, table.nfe, scale) in had:
             return
         rows.append({"line": line, "best": best, **figures.row(teacher, table, scale=scale)})
-        console.print(f"teacher, {table.nfe} evaluations, {line}, scale {scale:g}: RMSE {rows[-1]['rmse']:.4f}", highlight=False)
+        console.print(f"teacher, {table.nfe} evaluations, {line}, scale {scale:g}", highlight=False)
         files.write_text(path, json.dumps({**head, "versions": versions(), "rows": rows}, indent=1) + "\n")
 
     if getattr(teacher.network, "null_label", None) is not None:
@@ -152,7 +150,7 @@ def teacher_record(teacher: Denoiser, out: Path, n: int = N, calls: Sequence[int
                 measure(f"{solver} · {grid}", Cell(solver, grid, GUIDED[0]).plan(teacher), False, scale)
     for nfe in (c for c in calls if not any(r["nfe"] == c and r["best"] for r in rows)):
         tables = {f"{s} · {g}": Cell(s, g, nfe).plan(teacher) for s, g in LINES}
-        want = figures.endpoints(1.0)[: short.n]
+        want = figures.endpoints()[: short.n]
         errors = {line: rmse(draw(teacher, table, short)[0], want) for line, table in tables.items()}
         best = min(errors, key=lambda line: errors[line])
         for line in dict.fromkeys((best, "ddim · uniform_t")):
@@ -163,8 +161,8 @@ def student_record(
     teacher: Denoiser, name: str, method: Method, data: Images | None, work: Path, out: Path, n: int = N
 ) -> None:  # fmt: skip
     """distill-NAME.json: trains to the end in `work`, or goes on there, and measures every finished stage that has steps of its
-    own, the last of each. The last student of a run that takes the scale is measured at `SCALES` too: by its own plan with all
-    sets of seeds, by those of fewer calls with the first."""
+    own, the last of each. The last student of a run that takes the scale is measured at `SCALES` too, with the first set of
+    seeds as the guided teacher is."""
     run = Distiller(teacher, method, work, data if method.needs_data else None, HOW)
     total = sum(stage.updates for stage in run.stages)
     clock, began = work / "seconds.json", time.monotonic()
@@ -177,6 +175,8 @@ def student_record(
     finished = {stage.steps: work / f"stage-{i + 1}-steps-{stage.steps}.safetensors" for i, stage in enumerate(run.stages)}
     figures = Figures(teacher, n, scorer_for(teacher))
     rows = []
+    if getattr(run.network, "step_counts", ()):  # the last student is all of them
+        finished = dict([finished.popitem()])
     for path in finished.values():
         student = load(path)
         assert student.plan is not None
@@ -187,7 +187,7 @@ def student_record(
     if getattr(student.network, "guidance_range", None) is not None:
         for own in plans:
             for scale in SCALES:
-                rows.append({"line": name, **figures.row(student, own, SEEDS if own == student.plan else SEEDS[:1], scale)})
+                rows.append({"line": name, **figures.row(student, own, scale=scale)})
                 console.print(f"{name}, {own.nfe} calls, scale {scale:g}", highlight=False)
     record = {
         "method": name, "settings": {**method.settings(), "bf16": HOW.bf16},

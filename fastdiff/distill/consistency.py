@@ -80,7 +80,7 @@ class Consistency(Method):
         self._times, self._last = starts, last
         self._alpha, self._sigma = alpha[last, -1], sigma[last, -1]
 
-    def units(self, number: int) -> int:
+    def units(self, number: int) -> float:
         return self.calls + 1 + 3
 
     def loss(self, student: Denoiser, teacher: Denoiser, target: Denoiser, batch: Batch) -> Tensor:

@@ -61,7 +61,7 @@ class ECT(Method):
     def begin(self, number: int, schedule: NoiseSchedule) -> None:
         self._nearness = self.q ** -(number + 1)
 
-    def units(self, number: int) -> int:
+    def units(self, number: int) -> float:
         return 1 + 3
 
     def loss(self, student: Denoiser, teacher: Denoiser, target: Denoiser, batch: Batch) -> Tensor:

@@ -14,9 +14,8 @@ from torch import Tensor
 from ..denoiser import Denoiser
 from ..errors import FastdiffError
 from ..models import UNetConfig
-from ..schedule import NoiseSchedule
 from .method import Batch, Stage, halvings, weight
-from .progressive import Progressive, match
+from .progressive import Progressive
 
 SCALE = "the guidance scale as an input"
 
@@ -29,6 +28,7 @@ class Guided(Progressive):
     """
 
     name: ClassVar[str] = "guided"
+    first: ClassVar[int] = 1  # its first stage halves nothing
 
     scales: tuple[float, float] = (1.0, 5.0)
     start: int = 16
@@ -40,22 +40,17 @@ class Guided(Progressive):
         return [Stage(n, self.updates, self.lr, self.batch) for n in (self.start, *halved)]
 
     def network(self, teacher: Denoiser, config: UNetConfig) -> UNetConfig:
-        return with_scale(teacher, config, self.scales)
+        return super().network(teacher, with_scale(teacher, config, self.scales))
 
     def adds(self) -> str:
-        return SCALE
+        return " and ".join(filter(None, (super().adds(), SCALE)))
 
-    def begin(self, number: int, schedule: NoiseSchedule) -> None:
-        super().begin(number, schedule)
-        self._first = number == 0
-
-    def units(self, number: int) -> int:
-        return (2 * self.calls if number == 0 else 2) + 3
+    def units(self, number: int) -> float:
+        return super().units(number) + (self.calls if number == 0 else 0)
 
     def loss(self, student: Denoiser, teacher: Denoiser, target: Denoiser, batch: Batch) -> Tensor:
         assert batch.scales is not None, "the student of `network` takes a scale"
-        two = contrast(teacher, batch) if self._first else teacher
-        return match(self._segments, self.weighting, student, two, batch)
+        return self._loss(student, teacher, contrast(teacher, batch) if self._first else teacher, batch)
 
 
 def with_scale(teacher: Denoiser, config: UNetConfig, scales: tuple[float, float]) -> UNetConfig:

@@ -109,7 +109,7 @@ class Match(Method):
         if number:
             self.then.begin(number - 1, schedule)
 
-    def units(self, number: int) -> int:
+    def units(self, number: int) -> float:
         return self.then.units(number - 1) if number else 1 + 3
 
     def loss(self, student: Denoiser, teacher: Denoiser, target: Denoiser, batch: Batch) -> Tensor:

@@ -43,6 +43,11 @@ class Batch(NamedTuple):
     generator: torch.Generator
     scales: Tensor | None = None
 
+    def part(self, rows: Tensor) -> Batch:
+        """Some of its rows; the generator is the batch's."""
+        x0, labels, scales = (None if v is None else v[rows] for v in (self.x0, self.labels, self.scales))
+        return Batch(x0, self.noise[rows], labels, self.generator, scales)
+
     @property
     def images(self) -> Tensor:
         """The clean images of a method that needs them."""
@@ -93,7 +98,7 @@ class Method(ABC):
         """Prepares a stage, by its number from 0."""
 
     @abstractmethod
-    def units(self, number: int) -> int:
+    def units(self, number: int) -> float:
         """What an image costs in a stage, by its number from 0: forward passes of a network, a backward pass counting two."""
 
     @abstractmethod

@@ -81,7 +81,7 @@ class Trajectory(Method):
     def _counts(self) -> tuple[int, ...]:
         return self.counts or (self.steps,)
 
-    def units(self, number: int) -> int:
+    def units(self, number: int) -> float:
         taught = sum(n * self._calls(n) for n in {self._taught_by(n) for n in self._counts})
         return taught * (2 if self.scales else 1) + 3 * sum(self._counts)
 

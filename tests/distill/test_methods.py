@@ -303,6 +303,7 @@ def test_a_trajectory_student_of_guidance_follows_the_guided_teacher(teacher, tm
     Progressive(8, 2, solver="dpmpp-2m", calls=3, **SHORT), Guided(start=4, steps=2, calls=2, **SHORT),
     Trajectory(counts=(1, 2, 3), calls=2, **SHORT), Trajectory(2, calls=2, scales=(1.0, 3.0), **SHORT),
     Consistency(inner=4, calls=2, solver="unipc-2", **SHORT), ECT(phases=1, **SHORT),
+    Progressive(counts=(1, 2, 4), updates=2, batch=8), Guided(counts=(1, 2), calls=2, updates=2, batch=8),
     Match(Progressive(4, 2, **SHORT), predicts="x0", updates=1), Match(ECT(phases=1, **SHORT), predicts="x0", updates=1),
     Match(Consistency(segments=1, inner=4, **SHORT), {"model_channels": 64}, updates=1),
 ], ids=lambda m: m.name)  # fmt: skip
