@@ -9,11 +9,11 @@ in bfloat16 4.1 and 11.4 (AMD EPYC of 2023, batches of 32 and 128 alike; a proce
 bfloat16 an image costs, and a run should take:
 
     progressive        3 calls of the teacher, 23 ms, later 2, 19    900 updates of 32 in each of 4 stages   39 min
-    guided             2 x 2 calls, 27 ms, then 2, 19 ms             700 updates of 32 in each of 2 stages   17 min
+    guided             2 x 2 calls, 27 ms, then 1 or 2, 17           700 updates of 32 in each of 4 stages   31 min
     trajectory         16 calls and 1 + 2 + 4 of the student, 144    600 updates of 16                       23 min
     trajectory-guided  2 x 16 calls and the same, 208 ms             700 updates of 16                       39 min
     consistency        2 calls and 1 of the average, 23 ms           1,200 updates of 32                     15 min
-    ect                1 call of the student, 15 ms                  200 updates of 128 in each of 4 phases  26 min
+    ect                1 call of the student, 15 ms                  120 updates of 128 in each of 4 phases  16 min
 
 They took what DISTILL.md says, a quarter to a third more beside tests. Looking at the student adds 1 to 2 minutes; measuring
 takes 14 s a call for 2,048 images, three sets of them, and the teacher's rows an hour once.
@@ -71,7 +71,7 @@ RECIPES: dict[str, Method] = {
     "consistency": Consistency(
         steps=4, segments=1, inner=16, updates=1200, lr=2e-4, batch=32, ema=0.998, solver="unipc-2", calls=2
     ),
-    "ect": ECT(steps=4, phases=4, updates=200, lr=2e-4, batch=128, ema=0.99),
+    "ect": ECT(steps=4, phases=4, updates=120, lr=2e-4, batch=128, ema=0.99),
 }
 HOW = Settings(bf16=True)
 LINES = (
