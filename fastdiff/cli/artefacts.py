@@ -142,6 +142,12 @@ def card(denoiser: Denoiser, out: Path) -> None:
     files.write_text(FASHION_MNIST / "README.md", text)
 
 
+def student_card(out: Path) -> None:
+    """README.md beside the student's weights, from its record."""
+    record = json.loads((out / "student.json").read_text())
+    files.write_text(STUDENT / "README.md", student_tables.card(load("fashion-mnist-student"), record))
+
+
 def trained(training: dict[str, Any]) -> dict[str, str]:
     """Where and how a checkpoint was trained: the machine, further options, and what became of `--steps`."""
     if "device" not in training:
@@ -240,6 +246,7 @@ def main() -> None:
             cross_product(args.records)
         elif stage == "card":
             card(denoiser, args.records)
+            student_card(args.records)
             figures.write(args.records.parent.parent / "README.md", args.records)
 
 

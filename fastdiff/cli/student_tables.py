@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..denoiser import Denoiser
 from ..errors import FastdiffError
 
 Row = dict[str, Any]
@@ -127,3 +128,32 @@ def _short(row: Row | None) -> str:
     if row is None:
         return "-"
     return f"{row['fd_clf']:.2f}" + (f" ({row['rmse']:.3f})" if row.get("rmse") is not None else "")
+
+
+def card(student: Denoiser, record: Row) -> str:
+    """README.md beside the shipped student: what it is, how it was made, what it reaches."""
+    made = student.info["training"]["distilled"]
+    settings = {k: v for k, v in made.items() if k not in ("teacher", "data_sha256")}
+    low, high = student.network.guidance_range  # type: ignore[attr-defined]
+    return CARD.format(
+        sha=student.hash, teacher=made["teacher"], counts=", ".join(map(str, student.step_counts)), low=low, high=high,
+        parameters=sum(p.numel() for p in student.network.parameters()),  # type: ignore[attr-defined]
+        method=made["method"], settings=json.dumps(settings), figures=_shipped(record),
+    )  # fmt: skip
+
+
+CARD = """# Model card: a few-step student of the Fashion-MNIST model
+
+A U-Net of {parameters:,} parameters that makes an image in {counts} calls, which it is told, and takes the scale of guidance,
+{low:g} to {high:g}, as an input: one call does what two calls of its guided teacher do. A plan for each number of calls is in its file.
+sha256 of model.safetensors: `{sha}`; of its teacher, the shipped model: `{teacher}`.
+
+    fastdiff sample fashion-mnist-student --nfe 1 --guidance 1.5 --classes all --out out/one
+
+Made by `python -m fastdiff.cli.artefacts --only distill-{method} --data fashion_mnist.npz` on one CPU core, with
+`{settings}`.
+
+{figures}
+
+Everything that the teacher's card says of data, judge and use holds for it too.
+"""
