@@ -145,7 +145,7 @@ def card(student: Denoiser, record: Row) -> str:
 CARD = """# Model card: a few-step student of the Fashion-MNIST model
 
 A U-Net of {parameters:,} parameters that makes an image in {counts} calls, which it is told, and takes the scale of guidance,
-{low:g} to {high:g}, as an input: one call does what two calls of its guided teacher do. A plan for each number of calls is in its file.
+{low:g} to {high:g}, as an input: one call does what two calls of its guided teacher do. Its file holds a plan for each of them.
 sha256 of model.safetensors: `{sha}`; of its teacher, the shipped model: `{teacher}`.
 
     fastdiff sample fashion-mnist-student --nfe 1 --guidance 1.5 --classes all --out out/one
