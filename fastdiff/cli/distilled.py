@@ -81,7 +81,8 @@ LINES = (
 CALLS = (1, 2, 4, 8, 16, 50)
 SEEDS = (0, 1_000_000, 2_000_000)  # first seeds of the three sets a student is measured on; the teacher's rows take the first
 SCALES = (1.5, 2.0, 3.0, 5.0)
-GUIDED = (4, (("ddim", "uniform_t"), ("ipndm-3", "beta")))  # evaluations of the guided teacher, and by which lines
+GUIDED = (4, (("ipndm-3", "beta"),))  # evaluations of the guided teacher, and by which lines; students of more are not guided
+NEAREST = 2.0  # the scale at which the shipped student's set lies nearest to the data
 N = 2048
 MANY = 10_000  # of what the README says of the shipped student
 LOOKS = 10  # at a student while it learns
@@ -185,7 +186,7 @@ def student_record(
             rows.append({"line": name, **figures.row(student, own, SEEDS)})
             console.print(f"{name}, {own.nfe} calls: {path.name}", highlight=False)
     if getattr(student.network, "guidance_range", None) is not None:
-        for own in plans:
+        for own in (p for p in plans if p.nfe <= GUIDED[0]):
             for scale in SCALES:
                 rows.append({"line": name, **figures.row(student, own, scale=scale)})
                 console.print(f"{name}, {own.nfe} calls, scale {scale:g}", highlight=False)
@@ -199,17 +200,14 @@ def student_record(
 
 
 def shipped_record(teacher: Denoiser, student: Denoiser, out: Path, n: int = MANY) -> None:
-    """student.json: the shipped student at each of its numbers of calls, without guidance and at the scale nearest to the data.
-    Resumes after its rows."""
+    """student.json: the shipped student at each of its numbers of calls, at the scale nearest to the data. Resumes after its
+    rows."""
     path, figures = out / "student.json", Figures(teacher, n, scorer_for(teacher))
     same = {"student": student.hash, "teacher": teacher.hash, "n": n}
     kept = read(path) or {}
     rows = kept.get("rows", []) if {k: kept.get(k) for k in same} == same else []
     head = {**same, "floor": figures.scorer.anchor(n) if figures.scorer else None}
-    for own in student.tuned:
-        for scale in (1.0, SCALES[0]):
-            if any((r["nfe"], r["guidance"]) == (own.nfe, scale) for r in rows):
-                continue
-            rows.append({"line": "student", **figures.row(student, own, scale=scale)})
-            console.print(f"student, {own.nfe} calls, scale {scale:g}", highlight=False)
-            files.write_text(path, json.dumps({**head, "versions": versions(), "rows": rows}, indent=1) + "\n")
+    for own in (p for p in student.tuned if all(r["nfe"] != p.nfe for r in rows)):
+        rows.append({"line": "student", **figures.row(student, own, scale=NEAREST)})
+        console.print(f"student, {own.nfe} calls, scale {NEAREST:g}", highlight=False)
+        files.write_text(path, json.dumps({**head, "versions": versions(), "rows": rows}, indent=1) + "\n")
