@@ -43,13 +43,12 @@ def bench(
 ) -> None:
     """Measure solvers, grids and budgets on a checkpoint; write a table, two pictures and a report."""
     from ..bench import Setup, full_cells, quick_cells
-    from ..bench.cells import Cell, cells, student_cells, tuned_cells
+    from ..bench.cells import cells, tuned_cells
     from ..bench.pictures import need_matplotlib
     from ..bench.scoring import InceptionScorer, scorer_for
     from ..checkpoints import load
     from ..errors import FastdiffError
     from .methods import latent
-    from .plans import load_plan
     from .requests import conditioned
 
     need_matplotlib()
@@ -69,20 +68,29 @@ def bench(
         raise FastdiffError(f"--inception judges images; samples of {denoiser.shape} are latents that nothing decodes here")
     if denoiser.step_counts and not (solvers or grids):
         chosen = [cell for cell in chosen if cell.nfe in denoiser.step_counts]  # the others such a student refuses
-    for path in plan or ():
-        saved = load_plan(path, denoiser, guidance, force)
-        chosen.append(Cell(path.stem, "plan", saved.nfe, saved))
     scorer = InceptionScorer(inception, data) if inception and data else scorer_for(denoiser)
     setup = Setup(count, first_seed, guidance, batch, conditions)
+    chosen += _given(denoiser, setup, plan or [], force, student or [])
     if not (solvers or grids):
         chosen += tuned_cells(denoiser, setup)
-    for pupil, name in student_names(student or []).items():
-        chosen += student_cells(load(pupil), denoiser, setup, name)
     measured = measure(denoiser, chosen, setup, out, scorer, compile=compile)
     if preset == "full" and not n:
         console.print(f"\nthe best {BEST} of each NFE again, with {AGAIN:,} images")
         again = Setup(AGAIN, first_seed, guidance, batch, conditions)
         measure(denoiser, best(measured, chosen), again, out / "n2048", scorer, compile=compile)
+
+
+def _given(denoiser: Denoiser, setup: Setup, plans: list[Path], force: bool, students: list[str]) -> list[Cell]:
+    """The cells of plans and students that the command names."""
+    from ..bench.cells import Cell, student_cells
+    from ..checkpoints import load
+    from .plans import load_plan
+
+    saved = [(path.stem, load_plan(path, denoiser, setup.guidance, force)) for path in plans]
+    cells = [Cell(name, "plan", table.nfe, table) for name, table in saved]
+    for path, name in student_names(students).items():
+        cells += student_cells(load(path), denoiser, setup, name)
+    return cells
 
 
 def student_names(students: list[str]) -> dict[str, str]:

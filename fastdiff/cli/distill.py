@@ -71,9 +71,7 @@ def distill(
     if view_every:
         need_pictures(fsdp)
     check_folder(out)
-    settings = Settings(
-        seed, accumulate=accumulate, bf16=bf16, checkpointing=checkpointing, lora=lora, guidance=guidance, sharded=fsdp
-    )
+    settings = Settings(seed, 1.0, accumulate, bf16, checkpointing, lora, guidance, fsdp)
     run = Distiller(load(teacher), recipe, out, load_images(data) if data else None, settings)
     follow(run, View(run, view_every, view_n) if view_every and run.world.first else None, save_every)
     if run.world.first:
