@@ -181,6 +181,25 @@ def test_the_benchmark_command_takes_such_a_student(fastdiff, trained, tmp_path)
 
 
 @pytest.mark.slow
+def test_the_benchmark_command_measures_students_beside_their_teacher(fastdiff, teacher, trained, tmp_path):
+    path, one = tiny.checkpoint(tmp_path / "t.safetensors"), trained[0]
+    Distiller(teacher, Trajectory(1, updates=1, batch=2, calls=1), tmp_path / "two").run()
+    command = ("bench", path, "--solvers", "ddim", "--nfe", "2", "--n", 4, "--student")
+    code, _, err = fastdiff(*command, one, "--out", tmp_path / "b")
+    assert code == 0, err
+    rows = json.loads((tmp_path / "b" / "results.json").read_text())["cells"]
+    assert [(r["line"], r["nfe"]) for r in rows] == [("ddim · uniform_t", 2), ("student", 1), ("student", 2)]
+    code, _, err = fastdiff(*command, one, "--student", tmp_path / "two", "--out", tmp_path / "c")
+    assert code == 0, err
+    rows = json.loads((tmp_path / "c" / "results.json").read_text())["cells"]
+    assert {(r["line"], r["nfe"]) for r in rows} == {
+        ("ddim · uniform_t", 2), (f"student {one.name}", 1), (f"student {one.name}", 2), ("student two", 1)
+    }  # fmt: skip
+    code, _, err = fastdiff(*command, path, "--out", tmp_path / "d")
+    assert code == 2 and "`fastdiff distill` made" in err and err.strip().count("\n") == 0 and not (tmp_path / "d").exists()
+
+
+@pytest.mark.slow
 def test_an_engine_is_told_its_plans_count(trained, tmp_path):
     """The export's own gate compares the engine with the eager sampler, which tells the network the plan's count."""
     pytest.importorskip("onnxruntime")
