@@ -66,7 +66,7 @@ def hand_lms(network: Network, x: Tensor, table: Iterable[Any]) -> Tensor:
 
 
 def hand_unipc(network: Network, x: Tensor, table: Iterable[Any]) -> Tensor:
-    """Corrects the base in place, then predicts from it; fastdiff's table predicts from the old base, a term more."""
+    """Corrects the base in place, then predicts from it."""
     batch, device, base, d1, d2, d3 = x.shape[0], x.device, x, None, None, None
     for t, skip, out, ca, (c0, c1, c2, c3), a, (b0, b1, b2) in table:
         d = (x * skip).add_(network(x, torch.full((batch,), t, device=device)), alpha=out)
