@@ -148,7 +148,7 @@ A U-Net of {parameters:,} parameters that makes an image in {counts} calls, whic
 {low:g} to {high:g}, as an input: one call does what two calls of its guided teacher do. Its file holds a plan for each of them.
 sha256 of model.safetensors: `{sha}`; of its teacher, the shipped model: `{teacher}`.
 
-    fastdiff sample fashion-mnist-student --nfe 1 --guidance 2 --classes all --out out/one
+    fastdiff sample fashion-mnist-student --nfe 2 --guidance 1.5 --classes all --out out/two
 
 Made by `python -m fastdiff.cli.artefacts --only distill-{method} --data fashion_mnist.npz` on one CPU core, with
 `{settings}`.
