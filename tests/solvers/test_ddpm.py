@@ -43,7 +43,7 @@ def test_it_is_diffusers_learned_range(steps, dtype):
     ours = fd.sample(denoiser(), plan, fd.noise.recorded(list(noises)), start=noises[0], dtype=dtype)
     assert plan.draws == steps - 1
     # its tables are float32 whatever the state: 1e-5 in both; in one step eps, rounded to float32, is divided by alpha = 0.0064,
-    # and so is, in both, what rounding leaves of sigma = (1 - alpha^2)^0.5: up to 2^-25 for a noise of 1 (1.2e-5 on one processor)
+    # as is, in both, what rounding leaves of sigma = (1 - alpha^2)^0.5: up to 2^-25 for a noise of 1 (on one processor 1.2e-5)
     bound = 1e-4 if steps == 1 and dtype == torch.float32 else 1e-5
     if steps == 1:
         bound += 2**-25 / float(TABLE[-1].sqrt()) * float(noises[0].abs().max())
