@@ -21,7 +21,7 @@ def distill(
     out: Annotated[Path, typer.Option(help="run folder: model.safetensors (the latest finished stage), state.pt, loss.png")],
     teacher: Annotated[str, typer.Argument(help=CHECKPOINT_HELP)] = "fashion-mnist",
     method: Annotated[str, typer.Option(help="progressive, guided, trajectory, consistency or ect")] = "progressive",
-    steps: Annotated[str, typer.Option(help="network calls of the student; trajectory: several too, such as 1,2,4")] = "4",
+    steps: Annotated[str, typer.Option(help="network calls of the student; but for consistency and ect several, as 1,2,4")] = "4",
     start: Annotated[int | None, typer.Option(help="progressive, guided: first steps, --steps times a power of two")] = None,
     updates: Annotated[int | None, typer.Option(min=1, help="optimiser steps of each stage")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="images an update, all processes and parts together")] = None,
@@ -159,6 +159,8 @@ def make_method(name: str, settings: dict[str, Any]) -> Method:
     names = {"counts": "--steps of several numbers"}
     if unknown := [names.get(k, "--" + k.replace("_", "-")) for k in settings if k not in known]:
         raise FastdiffError(f"method {name} has no setting {', '.join(unknown)}; leave it out")
+    if {"counts", "start"} <= settings.keys():
+        raise FastdiffError("--start follows from --steps of several numbers: leave it out")
     return METHODS[name](**settings)
 
 

@@ -123,9 +123,9 @@ def test_it_is_distilled_from_the_command_line(fastdiff, tmp_path):
     assert code == 0 and "1 or 2 network calls" in out and "--nfe N" in out, (out, err)
     for method, steps, said in (
         ("ect", "1,2", "no setting --steps of several"), ("progressive", "1,3", "each twice the one before"),
-        ("trajectory", "1,x", "or several"),
+        ("trajectory", "1,x", "or several"), ("progressive", "1,2 --start 8", "--start follows from --steps"),
     ):
-        code, _, err = fastdiff(*command[:-2], tmp_path / "no", "--method", method, "--steps", steps)
+        code, _, err = fastdiff(*command[:-2], tmp_path / "no", "--method", method, "--steps", *steps.split())
         assert code == 2 and said in err and err.strip().count("\n") == 0 and not (tmp_path / "no").exists()
 
 
