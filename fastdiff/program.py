@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 Weight = Any  # a float; in a `mapped` program what stands for one: its place in a table, the 0-d tensor that holds it
 Terms = tuple[tuple[int, Weight], ...]  # (register, weight)
 Named = list[tuple[str, float]]
+FAR = 1e6  # a register's factor lies between this and its inverse: the state stays far from float32's ends
 CANCELLED = 1e-12  # what rounding leaves of two equal weights is a smaller part of them (of the registry's plans 3e-16)
 
 
@@ -21,7 +22,9 @@ class Step:
 
     Register 0 is the base. `keeps` get the prediction D itself, `stores` (register, p, q) p*y + q*D, None for a weight of 0.
     `next` and `base` are sums; base None means "the next point itself", an empty base means "unchanged". With `onto` the base is
-    summed first and register 0 in `next` is the new one: a predictor starts from the corrected state, a term less to sum.
+    summed first and register 0 in `next` is the new one: a predictor starts from the corrected state, a term less to sum. With
+    `own` the old base is a sum that no one else holds, neither the start nor a point: the new one takes its place, and its own
+    weight is 1, a product less: register 0 is then the base up to a factor that the weights of its readers hold.
     """
 
     t: float
@@ -34,6 +37,7 @@ class Step:
     free: tuple[int, ...]
     var: tuple[Weight, Weight] | None = None
     onto: bool = False
+    own: bool = False
 
     def mapped(self, f: Callable[[Weight], Weight]) -> Step:
         """The same step with f(w) for each weight w, called in one order for all steps of the same form."""
@@ -90,7 +94,7 @@ def compile_program(plan: Plan) -> Program:
         drawn = registers.take("z") if z else None
         point = registers.total(plan.first.x, z)
         opening = Step(plan.rows[0].t, False, (), (), drawn, point, None, registers.release(-1))
-    steps = []
+    steps, factor = [], None
     for i, (row, names) in enumerate(zip(plan.rows, named, strict=True)):
         pairs = zip(names.stored, row.store, strict=True)
         entries = [(name, float(p), float(q)) for name, (p, q) in pairs if name in last_use]
@@ -105,8 +109,25 @@ def compile_program(plan: Plan) -> Program:
         sums = (row.next.x, names.next)
         over = _over(*sums, row.base.x, names.base) if base else None
         point = registers.total(*(over or sums))
-        steps.append(Step(row.t, row.calls, keeps, stores, draw, point, base, registers.release(i), row.var, over is not None))
+        step = Step(row.t, row.calls, keeps, stores, draw, point, base, registers.release(i), row.var, over is not None)
+        step, factor = _aside(step, factor)
+        steps.append(step)
     return Program(opening, tuple(steps))
+
+
+def _aside(step: Step, factor: float | None) -> tuple[Step, float | None]:
+    """A step where register 0 times `factor` is the base (None: the base is not the executor's own), and the factor after it."""
+    def read(terms: Terms, factor: float) -> Terms:
+        return tuple((r, w * factor if r == 0 else w) for r, w in terms)
+
+    old = 1.0 if factor is None else factor
+    if not step.base:
+        return replace(step, next=read(step.next, old)), None if step.base is None else factor
+    (first, w), *rest = step.base
+    own = factor is not None and first == 0 and 1 / FAR < abs(old * w) < FAR
+    new = old * w if own else 1.0
+    base = ((0, 1.0), *((r, w / new) for r, w in rest)) if own else read(step.base, old)
+    return replace(step, next=read(step.next, new if step.onto else old), base=base, own=own), new
 
 
 def _over(x: float, terms: Named, base_x: float, base: Named) -> tuple[float, Named] | None:

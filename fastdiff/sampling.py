@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from .errors import FastdiffError, NonFiniteError
 from .noise import NoiseSource, check_seeds, from_seeds
 from .plans import Plan
 from .program import Program, Step, Terms, Weight
+from .scalars import Factor, factors, itself
 
 DenoiserLike = Callable[[Tensor, Any], Tensor]
 Callback = Callable[[int, Tensor], None]
@@ -181,6 +182,7 @@ def run(
     program = plan.program if isinstance(plan, Plan) else plan
     registers: dict[int, Any] = {0: x, POINT: x}
     shape, device, dtype = x.shape, x.device, x.dtype
+    factor = factors(x) if isinstance(plan, Plan) else itself
     del x  # the state is gone as soon as no row needs it: only the registers hold it
     drawn = 0
 
@@ -191,9 +193,9 @@ def run(
         return source(drawn, shape, device).to(dtype)
 
     if program.opening is not None:
-        advance(registers, program.opening, (None, None), draw)
+        advance(registers, program.opening, (None, None), draw, factor)
     for i, step in enumerate(program.steps):
-        advance(registers, step, _predict(denoiser, registers[POINT], step), draw)
+        advance(registers, step, _predict(denoiser, registers[POINT], step), draw, factor)
         if callback is not None:
             callback(i, registers[POINT])
     return registers[POINT]
@@ -206,7 +208,9 @@ def _predict(denoiser: DenoiserLike, y: Tensor, step: Step) -> Predicted:
     return denoiser(y, step.t) if step.call else None, None
 
 
-def advance(registers: dict[int, Any], step: Step, predicted: Predicted, draw: Callable[[], Tensor]) -> Tensor:
+def advance(
+    registers: dict[int, Any], step: Step, predicted: Predicted, draw: Callable[[], Tensor], factor: Factor = itself
+) -> Tensor:  # fmt: skip
     """One row of a program: from the point, register POINT, and what was predicted there to the next point, put there too."""
     d, v = predicted
     del predicted
@@ -214,28 +218,39 @@ def advance(registers: dict[int, Any], step: Step, predicted: Predicted, draw: C
     for register in step.keeps:
         registers[register] = d
     for register, p, q in step.stores:
-        registers[register] = _pair(y, p, d, q)
+        registers[register] = _pair(y, p, d, q, factor)
     del d, y  # what no later row reads is gone before anything new is made
     if step.draw is not None:
         registers[step.draw] = draw() if v is None or step.var is None else _scaled(draw(), v, *step.var)
     del v
-    if step.onto and step.base:
-        registers[0] = _sum(registers, step.base)
-    point = registers[POINT] = _sum(registers, step.next)
+    if step.onto:
+        registers[0] = _base(registers, step, factor)
+    point = registers[POINT] = _sum(registers, step.next, factor)
     if step.base is None:
         registers[0] = point
     elif step.base and not step.onto:
-        registers[0] = _sum(registers, step.base)
+        registers[0] = _base(registers, step, factor)
     for r in step.free:
         del registers[r]
     return point
 
 
-def _sum(registers: dict[int, Any], terms: Terms) -> Tensor:
-    rest = iter(terms)
-    r, w = next(rest)
-    total = registers[r] * w
-    for r, w in rest:
+def _base(registers: dict[int, Any], step: Step, factor: Factor) -> Tensor:
+    """The next base; in place where the last one is the executor's own, and no graph may need it: weights are floats."""
+    terms = step.base
+    assert terms
+    if step.own and isinstance(terms[0][1], float):
+        return _plus(registers[0], registers, terms[1:])
+    return _sum(registers, terms, factor)
+
+
+def _sum(registers: dict[int, Any], terms: Terms, factor: Factor) -> Tensor:
+    (r, w), *rest = terms
+    return _plus(registers[r] * factor(w), registers, rest)
+
+
+def _plus(total: Tensor, registers: dict[int, Any], terms: Iterable[tuple[int, Weight]]) -> Tensor:
+    for r, w in terms:
         _add(total, registers[r], w)
     return total
 
@@ -245,10 +260,10 @@ def _add(total: Tensor, x: Tensor, w: Weight) -> Tensor:
     return total.add_(x, alpha=w) if isinstance(w, float) else total.addcmul_(x, w)
 
 
-def _pair(y: Tensor, p: Weight, d: Tensor | None, q: Weight) -> Tensor:
+def _pair(y: Tensor, p: Weight, d: Tensor | None, q: Weight, factor: Factor) -> Tensor:
     if d is None or q is None:
-        return y * p
-    return d * q if p is None else _add(y * p, d, q)
+        return y * factor(p)
+    return d * factor(q) if p is None else _add(y * factor(p), d, q)
 
 
 def _scaled(z: Tensor, v: Tensor, low: Weight, high: Weight) -> Tensor:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastdiff as fd
+from fastdiff import program
 from fastdiff.errors import FastdiffError, PlanError
 from fastdiff.plans import IDENTITY, Plan, Row, Weights
 from fastdiff.sampling import run
@@ -277,6 +278,24 @@ def test_a_predictor_starts_from_the_corrected_state_where_that_is_shorter():
     steps = fd.plan("unipc-2", SCHEDULES["vp_cosine"], 8, end="sigma_min", lower_final=False).program.steps
     assert [(step.onto, len(step.next), len(step.base or ())) for step in steps[2:-1]] == [(True, 3, 4)] * 5
     assert not any(step.onto for step in fd.plan("dpmpp-2m", SCHEDULES["vp_cosine"], 8).program.steps)
+
+
+def test_a_base_of_the_executors_own_keeps_its_weight_to_the_side():
+    """UniPC-2's corrected base is the executor's from the second correction on: there its weight is 1, exactly."""
+    steps = fd.plan("unipc-2", SCHEDULES["vp_cosine"], 8, end="sigma_min", lower_final=False).program.steps
+    assert [step.own for step in steps] == [False] * 2 + [True] * 5 + [False]
+    assert all(step.base[0] == (0, 1.0) for step in steps if step.own)
+
+
+def test_what_is_kept_to_the_side_stays_within_bounds(monkeypatch):
+    """Where the factor of the base would leave them the base takes it back, and the program says what the rows say."""
+    plan = fd.plan("unipc-2", SCHEDULES["edm"], 9, end="sigma_min", lower_final=False)
+    monkeypatch.setattr(program, "FAR", 4.0)  # the base falls by 4e4 in all
+    own = [step.own for step in plan.program.steps]
+    assert any(own[2:-1]) and not all(own[2:-1])
+    start = np.array([0.3, -1.1, 0.4]) * plan.start[1]
+    expected = result(plan, BIMODAL.denoise, start)
+    np.testing.assert_allclose(execute(plan, BIMODAL.denoise, start), expected, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("end", ["zero", "sigma_min"])

@@ -158,6 +158,14 @@ def test_callback_sees_every_row(name, options):
         assert torch.equal(point, y)  # what the next row evaluates
 
 
+@plans
+def test_points_that_were_shown_stay_as_they_are(name, options):
+    """A callback may keep what it is given: the loop writes over tensors of its own alone."""
+    plan, shown = make(name, options, 9), []
+    fd.sample(Elementwise(), plan, seeds=range(2), callback=lambda i, y: shown.append((y, y.clone())))
+    assert all(torch.equal(y, then) for y, then in shown)
+
+
 def test_no_gradient_is_kept():
     network = tiny.network().requires_grad_(True)
     den = fd.Denoiser(network, SCHEDULE, "v", shape=(1, 8, 8)).bind(class_labels=torch.zeros(2).long())

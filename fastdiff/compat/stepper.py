@@ -11,6 +11,7 @@ from torch import Tensor
 from ..errors import FastdiffError
 from ..plans import IDENTITY, Plan
 from ..sampling import POINT, Predicted, advance
+from ..scalars import factors
 
 
 class Stepper:
@@ -58,11 +59,12 @@ class Stepper:
         self.registers[POINT] = y
         if first == 0 or steps[first - 1].base is None:
             self.registers[0] = y  # the point itself is what this row builds on
-        y = advance(self.registers, steps[first], predicted, draw)
+        factor = factors(y)
+        y = advance(self.registers, steps[first], predicted, draw, factor)
         self.done += 1
         after = self.calls[self.done] if self.done < len(self.calls) else len(steps)
         for i in range(first + 1, after):
-            y = advance(self.registers, steps[i], (None, None), draw)
+            y = advance(self.registers, steps[i], (None, None), draw, factor)
         if self.finished:
             self.registers = {}
         self.state, self.returned = y, y if y.dtype == dtype else y.to(dtype)
