@@ -21,9 +21,9 @@ from torch import Tensor
 
 from .attention import like, sums_like
 
-# Keys taken as one tile, by the width that a head takes on chip. Twice as many spill: 256 keys of a head of 80 take 255 registers
-# and 112 bytes of stack on sm_80, 128 keys of a head of 128 up to 160 bytes on sm_90 where positions lie side by side.
-SINGLE = {16: 128, 32: 128, 48: 128, 64: 128, 80: 128, 96: 128, 128: 64, 144: 64, 160: 64}
+# Keys taken as one tile, by the width that a head takes on chip. Twice as many spill: 128 keys of a head of 80 248 bytes on sm_80
+# where nothing is aligned, 128 keys of a head of 128 up to 160 bytes on sm_90 where positions lie side by side.
+SINGLE = {16: 128, 32: 128, 48: 128, 64: 128, 80: 64, 96: 128, 128: 64, 144: 64, 160: 64}
 
 
 @triton.jit
@@ -155,10 +155,13 @@ class Blocks:
     def of(cls, head: int, queries: int, keys: int) -> Blocks:
         width = sum(parts(head))
         if keys <= SINGLE.get(width, 0):
-            return cls(64, max(16, triton.next_power_of_2(keys)), True, 4, 1)
+            tile = max(16, triton.next_power_of_2(keys))
+            return cls(64, tile, True, 8 if width == tile == 64 else 4, 1)  # 4 warps: 72 bytes on sm_100, channels first
         if width > 128:
-            return cls(64, 32, False, 4 if width <= 160 else 8, 2)
-        return cls(128, 64, False, 8, 2) if queries >= 2048 else cls(64, 64, False, 4, 2)
+            return cls(64, 32, False, 4 if width == 160 else 8, 2)  # 144 by 4 warps and 160 by 8: 8 and 16 bytes on sm_80
+        if queries >= 2048:
+            return cls(128, 64, False, 8, 2)
+        return cls(64, 32 if width == 16 else 64, False, 4, 2)  # 64 keys of a head of 16: 8 bytes on sm_100
 
     def options(self, head: int) -> dict[str, Any]:
         d0, d1 = parts(head)

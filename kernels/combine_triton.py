@@ -13,8 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 512  # 4 elements a thread: one 16-byte load of float32, and 16 inputs in flight still take fewer than 128 registers
 WARPS = 4
+
+
+def block(inputs: int) -> int:
+    """Elements of a program: 4 a thread, one 16-byte load of float32, while that fits in registers. 16 inputs of which none is
+    aligned spill 16 bytes (sm_100, float16), so beyond 12, more than fastdiff's solvers take, it is 2."""
+    return 512 if inputs <= 12 else 256
 
 
 @triton.jit
@@ -84,6 +89,7 @@ def forward(inputs: Sequence[Tensor], weights: Tensor, seeds: Tensor | None, dra
     made = [torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in dense[:1] * len(weights)]
     size = dense[0][0].numel()
     strides = tuple(x.stride(0) for x in dense)
-    grid = (len(dense[0]) * triton.cdiv(size, BLOCK),)
-    rows[grid](tuple(dense), strides, tuple(made), weights, seeds, size, draw, BLOCK=BLOCK, num_warps=WARPS)
+    elements = block(len(dense))
+    grid = (len(dense[0]) * triton.cdiv(size, elements),)
+    rows[grid](tuple(dense), strides, tuple(made), weights, seeds, size, draw, BLOCK=elements, num_warps=WARPS)
     return made

@@ -15,7 +15,7 @@ def case(inputs, outputs, dtype, noise, aligned=True):
     }  # fmt: skip
     divisible = {"inputs", "strides", "outputs", "weights", "size", *(["seeds"] if noise else [])} if aligned else set()
     title = f"rows {inputs}x{outputs} {dtype}{' noise' if noise else ''}{' aligned' if aligned else ''}"
-    return Case(title, m.rows, types, {"BLOCK": m.BLOCK}, m.WARPS, divisible)
+    return Case(title, m.rows, types, {"BLOCK": m.block(inputs)}, m.WARPS, divisible)
 
 
 def cases(everything):

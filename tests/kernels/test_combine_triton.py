@@ -14,7 +14,7 @@ def kernel(monkeypatch):
     """The launcher, on blocks so small that few elements make several."""
     from fastdiff.kernels import combine_triton
 
-    monkeypatch.setattr(combine_triton, "BLOCK", 16)
+    monkeypatch.setattr(combine_triton, "block", lambda inputs: 16)
     return combine_triton
 
 
@@ -68,7 +68,7 @@ def test_noise_over_its_whole_range(kernel):
     from fastdiff.kernels import combine_triton
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(combine_triton, "BLOCK", 4096)
+        patch.setattr(combine_triton, "block", lambda inputs: 4096)
         z = combine_triton.forward([torch.zeros(2, 4096)], torch.tensor([[0.0, 1.0]]), seed_bits([5, 6]), 1)[0]
     right = normals(seed_bits([5, 6]), 1, 4096)
     torch.testing.assert_close(z, right, rtol=0, atol=1e-6)
