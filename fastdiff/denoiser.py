@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .errors import FastdiffError
 from .prediction import Coefficients, Level, check_prediction, coefficients, joined
+from .scalars import factors
 from .schedule import NoiseSchedule
 
 if TYPE_CHECKING:
@@ -217,7 +218,8 @@ class Denoiser:
         if f.dtype != x.dtype:
             f = f.to(x.dtype)
         if isinstance(c_skip, float):
-            return (x * c_skip).add_(f, alpha=c_out) if c_skip != 0.0 else f * c_out
+            factor = factors(x)
+            return (x * factor(c_skip)).add_(f, alpha=c_out) if c_skip != 0.0 else f * factor(c_out)
         return x * c_skip + f * c_out
 
     def _output(self, x: Tensor, c: Coefficients, c_noise: Tensor) -> Tensor:
@@ -278,11 +280,11 @@ class Denoiser:
         alpha, sigma = self.schedule.alpha(t64), self.schedule.sigma(t64)
         ones = (1,) * (x.ndim - 1)
         c = coefficients(self.prediction, alpha, sigma, self.sigma_data)
-        c = Coefficients(*(v.to(x.dtype).view(-1, *ones) if isinstance(v, Tensor) else v for v in c))
+        c = Coefficients(*(v.to(x).view(-1, *ones) if isinstance(v, Tensor) else v for v in c))
         c_noise = self.time(t64) if self.time is not None else t64
         if self.time is None and self.prediction == "edm":
             c_noise = torch.log(sigma / alpha) / 4
-        return c, c_noise.float()
+        return c, c_noise.float().to(x.device)
 
     @property
     def sigma_data(self) -> float:

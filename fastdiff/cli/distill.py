@@ -46,6 +46,7 @@ def distill(
     bf16: Annotated[bool, typer.Option(help="bfloat16 autocast; weights stay float32")] = False,
     checkpointing: Annotated[bool, typer.Option(help="compute activations twice: less memory, more time")] = False,
     fsdp: Annotated[bool, typer.Option(help="under torchrun: each process holds a share of every weight (FSDP2)")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default cuda where there is one")] = None,
     view_every: Annotated[int, typer.Option(min=0, help="updates between looks at the student: report.html; 0 = none")] = 0,
     view_n: Annotated[int, typer.Option(min=8, help="samples of a look; KID needs 20")] = 128,
     seed: int = 0,
@@ -59,7 +60,9 @@ def distill(
     from ..checkpoints import load
     from ..distill import Distiller, Settings
     from ..distill.view import View, need_pictures
+    from ..parallel import join
     from ..training.data import load_images
+    from .requests import check_device
 
     if threads:
         torch.set_num_threads(threads)
@@ -72,7 +75,8 @@ def distill(
         need_pictures(fsdp)
     check_folder(out)
     settings = Settings(seed, 1.0, accumulate, bf16, checkpointing, lora, guidance, fsdp)
-    run = Distiller(load(teacher), recipe, out, load_images(data) if data else None, settings)
+    where = check_device(device or join(fsdp).device)
+    run = Distiller(load(teacher), recipe, out, load_images(data) if data else None, settings, where)
     follow(run, View(run, view_every, view_n) if view_every and run.world.first else None, save_every)
     if run.world.first:
         plot_losses(run.losses, out / "loss.png")

@@ -96,13 +96,12 @@ class Consistency(Method):
 
     def _goal(self, z: Tensor, further: Tensor, which: Tensor, target: Denoiser) -> Tensor:
         """The denoised prediction with which one jump from z ends where the target's jump from one teacher step further does."""
-        inside = which != self._last[which]
-        end = further.clone()  # the last point's step ends at its segment's end: no jump is left
-        if bool(inside.any()):
+        end = further  # the last point's step ends at its segment's end: no jump is left
+        if self.inner > 1:
+            inside = (which != self._last[which]).to(z.device).view(-1, *(1,) * (z.ndim - 1))
             at = (which + 1).clamp(max=len(self._times) - 1)
-            predicted = target(further, self._times[at])
-            jumped = self._jump(further, predicted, at, which)
-            end = torch.where(inside.view(-1, *(1,) * (z.ndim - 1)), jumped, end)
+            jumped = self._jump(further, target(further, self._times[at]), at, which)
+            end = torch.where(inside, jumped, further)
         points = self._teacher
         assert points is not None
         return jump_target(z, end, (points.alpha[which, 0], points.sigma[which, 0]), (self._alpha[which], self._sigma[which]))
@@ -113,7 +112,7 @@ class Consistency(Method):
         shape = (-1, *(1,) * (x.ndim - 1))
         ratio = self._sigma[which] / self._teacher.sigma[start, 0]
         gain = self._alpha[which] - ratio * self._teacher.alpha[start, 0]
-        return x * ratio.view(shape).to(x.dtype) + d * gain.view(shape).to(x.dtype)
+        return x * ratio.to(x).view(shape) + d * gain.to(x).view(shape)
 
     def plan(self, stage: Stage, schedule: NoiseSchedule) -> Plan:
         if self.segments == 1 and stage.steps > 1:

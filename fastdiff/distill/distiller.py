@@ -74,19 +74,23 @@ class Distiller:
     """Turns a teacher into a student of fewer steps; `run()` goes to the end, saving `model.safetensors` and `state.pt`.
 
     Args:
-        teacher: any denoiser around a torch module; its network is copied for the student, and kept in eval mode (and sharded
-            where the student is). The student of a network that no file describes is loaded with `fd.load(out, like=teacher)`.
+        teacher: any denoiser around a torch module; its network is copied for the student, and kept in eval mode and on the
+            device (and sharded where the student is). The student of a network that no file describes is loaded with
+            `fd.load(out, like=teacher)`.
         data: images, where the method needs them; labels are drawn evenly where there are none to take.
         out: the run's folder.
+        device: where the networks are; what an update draws is the same on all of them.
 
     Raises:
         FastdiffError: data missing, of another shape, or a run in `out` with other settings (which ones).
     """
 
     def __init__(
-        self, teacher: Denoiser, method: Method, out: Path, data: Images | None = None, settings: Settings | None = None
-    ) -> None:
+        self, teacher: Denoiser, method: Method, out: Path, data: Images | None = None, settings: Settings | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:  # fmt: skip
         self.method, self.out, self.data, self.settings = method, out, data, settings or Settings()
+        self.device = torch.device(device)
         self.source, self.stages = teacher, method.stages()
         network = self._new_student()
         self._check_guidance()
@@ -98,9 +102,10 @@ class Distiller:
         _check_parts(self.stages, self.parts)
         for stage in self.stages:  # now rather than at the stage's end
             method.plan(stage, teacher.schedule), method.plans(stage, teacher.schedule)
+        self.source, network = self._whole(teacher), network.to(self.device)
         self.network = network
         self.averages = {name: spread(frozen(copy.deepcopy(network)), self.world) for name in method.averages()}
-        self.teacher = teacher.with_network(spread(frozen(teacher.network), self.world))
+        self.teacher = teacher.with_network(spread(frozen(teacher.network).to(self.device), self.world))
         self._wrapped = wrap(network, self.world)  # the student's gradients, shared between processes
         self.student = teacher.with_network(self._wrapped, method.prediction(teacher))
         self.target = self.student.with_network(self.averages.get("target", network))
@@ -130,8 +135,6 @@ class Distiller:
         """The student as it is before the first update."""
         network = student_network(self.source, self.method)
         s = self.settings
-        if s.sharded and not own_format(self.source):
-            raise FastdiffError("shards of weights are cut from fastdiff's own U-Net alone: leave them out")
         if isinstance(network, UNet):
             network.checkpointing = s.checkpointing
         elif s.checkpointing:
@@ -142,6 +145,13 @@ class Distiller:
             raise FastdiffError("a LoRA student is its teacher's own weights and a term beside them: leave out --network and "
                                 "--prediction, or --lora")  # fmt: skip
         return lora.adapt(network, s.lora)
+
+    def _whole(self, teacher: Denoiser) -> Denoiser:
+        """The teacher to make further networks and samples of: itself, or before its network is sharded a copy of it, where only
+        a copy makes another (in main memory)."""
+        if not self.world.sharded or own_format(teacher):
+            return teacher
+        return teacher.with_network(copy.deepcopy(teacher.network).cpu())  # type: ignore[attr-defined]
 
     def _check_guidance(self) -> None:
         """
@@ -184,7 +194,8 @@ class Distiller:
             if images and not self.finished and (stopped or not self.world.sharded):
                 self.save()
         self.world.wait()
-        return load(self.out / "model.safetensors", like=self.source if others.by_class(self.source) else None)
+        like = self.source if others.by_class(self.source) else None
+        return load(self.out / "model.safetensors", like=like).to(self.device)
 
     def step(self, stage: Stage) -> float:
         """One update, on the material that (seed, stage, update) and the number of parts determine."""
@@ -236,7 +247,8 @@ class Distiller:
         span = getattr(self.network, "guidance_range", None)
         if span is not None:
             scales = span[0] + (span[1] - span[0]) * torch.rand(n, generator=generator)
-        return Batch(x0, noise, labels, generator, scales)
+        x0, labels, scales = (None if v is None else v.to(self.device) for v in (x0, labels, scales))
+        return Batch(x0, noise.to(self.device), labels, generator, scales)
 
     @torch.no_grad()
     def _update_averages(self) -> None:
@@ -272,7 +284,7 @@ class Distiller:
         """The student's or an average's network with all its weights; every process must ask for it."""
         if not self.world.sharded:
             return network
-        empty = UNet(self.network.config)  # type: ignore[arg-type]
+        empty = self._another()
         fresh = lora.adapt(empty, self.settings.lora) if self.settings.lora else empty
         fresh.load_state_dict(whole(network.state_dict()))
         return fresh
@@ -284,7 +296,7 @@ class Distiller:
         """A student's weights become the teacher."""
         network = self._another()
         network.load_state_dict(weights)
-        self.teacher = self.student.with_network(spread(frozen(network), self.world))
+        self.teacher = self.student.with_network(spread(frozen(network).to(self.device), self.world))
         self._taught = True
 
     def _another(self) -> nn.Module:

@@ -72,7 +72,7 @@ class ECT(Method):
         u = torch.exp(-schedule.lam(t))
         r = (u * (1 - self._nearness * (1 + 8 * torch.sigmoid(-u)))).clamp_min(0.0)
         least = math.exp(-float(schedule.lam(schedule.t_min)))
-        clean = (r <= least).view(shape)
+        clean = (r <= least).to(x0.device).view(shape)
 
         def at(times: Tensor) -> Tensor:
             return noisy(batch, schedule.alpha(times), schedule.sigma(times))[0]
@@ -83,7 +83,7 @@ class ECT(Method):
         error = (student(at(t), t) - goal).square().flatten(1).mean(dim=1)
         # iCT's c = 0.00054 sqrt(d) is compared with a sum over d pixels, this one with their mean
         distance = (error + self.huber**2).sqrt() - self.huber
-        return (distance / (u - torch.where(r <= least, 0.0, r)).float()).mean()
+        return (distance / (u - torch.where(r <= least, 0.0, r)).to(x0)).mean()
 
     def plans(self, stage: Stage, schedule: NoiseSchedule) -> tuple[Plan, ...]:
         return tuple(self.plan(dataclasses.replace(stage, steps=n), schedule) for n in fewer(stage.steps))

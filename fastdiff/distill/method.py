@@ -128,7 +128,7 @@ def fewer(steps: int) -> list[int]:
 def noisy(batch: Batch, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(z, alpha, sigma): a batch's images and noise at each one's level (B,); the levels broadcast."""
     shape = (-1, *(1,) * (batch.noise.ndim - 1))
-    alpha, sigma = (v.float().view(shape) for v in (alpha, sigma))
+    alpha, sigma = (v.to(batch.noise).view(shape) for v in (alpha, sigma))
     return alpha * batch.images + sigma * batch.noise, alpha, sigma
 
 

@@ -41,6 +41,7 @@ class Segments:
         self.carry = torch.tensor(levels[:, 1:, 1] / levels[:, :1, 1])  # (n, calls): weight of the start
         self.weights = torch.tensor(np.array([expand(p) for p in plans]))  # (n, calls, calls)
         self.alpha, self.sigma = torch.tensor(levels[..., 0]), torch.tensor(levels[..., 1])  # (n, calls + 1)
+        self.top = float(levels[0, 0, 1])  # sigma of the first start
 
     def __len__(self) -> int:
         return len(self.times)
@@ -52,9 +53,9 @@ class Segments:
         y, predictions = x, []
         for k in range(self.times.shape[1]):
             predictions.append(teacher(y, times[:, k]))
-            y = x * carry[:, k].to(x.dtype).view(shape)
+            y = x * carry[:, k].to(x).view(shape)
             for j, d in enumerate(predictions):
-                y = y + d * weights[:, k, j].to(x.dtype).view(shape)
+                y = y + d * weights[:, k, j].to(x).view(shape)
         return y
 
     def target(self, x: Tensor, end: Tensor, which: Tensor) -> Tensor:
@@ -70,8 +71,9 @@ def jump_target(x: Tensor, end: Tensor, start: Level, stop: Level) -> Tensor:
     nearly equal numbers where intervals are short, so in float64.
     """
     shape = (-1, *(1,) * (x.ndim - 1))
-    ratio = (stop[1] / start[1]).view(shape)
-    gain = stop[0].view(shape) - ratio * start[0].view(shape)
+    ratio = stop[1] / start[1]
+    gain = stop[0] - ratio * start[0]
+    ratio, gain = (v.to(x.device).view(shape) for v in (ratio, gain))
     return ((end.double() - ratio * x.double()) / gain).to(x.dtype)
 
 

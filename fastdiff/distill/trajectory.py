@@ -111,7 +111,7 @@ class Trajectory(Method):
 @torch.no_grad()
 def points(segments: Segments, teacher: DenoiserLike, noise: Tensor) -> list[Tensor]:
     """The teacher's states (B, *) at the end of every interval, from unit noise."""
-    z, out = noise * float(segments.sigma[0, 0]), []
+    z, out = noise * segments.top, []
     for i in range(len(segments)):
         z = segments.run(teacher, z, torch.full((len(z),), i))
         out.append(z)
@@ -120,7 +120,7 @@ def points(segments: Segments, teacher: DenoiserLike, noise: Tensor) -> list[Ten
 
 def followed(segments: Segments, student: Denoiser, noise: Tensor, wanted: list[Tensor]) -> Tensor:
     """The mean over the student's steps of the mean absolute distance to the teacher's point, each step from where it arrived."""
-    z, total = noise * float(segments.sigma[0, 0]), noise.new_zeros(())
+    z, total = noise * segments.top, noise.new_zeros(())
     for i, point in enumerate(wanted):
         arrived = segments.run(student, z, torch.full((len(z),), i))
         total = total + (arrived - point).abs().mean()

@@ -106,7 +106,7 @@ class View:
         return [row for row in rows if row["update"] <= done]
 
     def _samples(self, denoiser: Denoiser, table: Plan, setup: Setup) -> torch.Tensor:
-        return torch.cat([sample(den, table, seeds=seeds) for seeds, den in setup.batches(denoiser)])
+        return torch.cat([sample(den, table, seeds=seeds).cpu() for seeds, den in setup.batches(denoiser)])
 
     def _teacher(self) -> torch.Tensor:
         """The teacher's endpoints: those that ship with it, or made once."""

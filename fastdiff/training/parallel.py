@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ..models import UNet
 from ..models.unet import EmbedSequential
 from ..parallel import World
 
@@ -28,15 +29,23 @@ def wrap(network: nn.Module, world: World) -> nn.Module:
 def spread(network: nn.Module, world: World) -> nn.Module:
     """The network itself, its weights cut into the processes' shares where they are sharded.
 
-    A block's weights are gathered for its own forward or backward pass alone; without `reshard_after_forward` the root's
-    would stay gathered after a pass without gradients, and an average of weights would be taken of the copy.
+    A block's weights are gathered for its own forward or backward pass alone: the blocks of our own U-Net, the entries of other
+    networks' module lists. Without `reshard_after_forward` the root's would stay gathered after a pass without gradients, and an
+    average of weights would be taken of the copy.
     """
     if world.sharded:
         mesh = init_device_mesh(next(network.parameters()).device.type, (world.size,))
-        blocks = [m for m in network.modules() if isinstance(m, EmbedSequential)]
-        for part in (*blocks, network):
+        for part in (*_blocks(network), network):
             fully_shard(part, mesh=mesh, reshard_after_forward=True)
     return network
+
+
+def _blocks(network: nn.Module) -> list[nn.Module]:
+    """The parts that are gathered by themselves, inner ones first."""
+    if isinstance(network, UNet):
+        return [m for m in network.modules() if isinstance(m, EmbedSequential)]
+    listed = {id(m) for parts in network.modules() if isinstance(parts, nn.ModuleList) for m in parts if [*m.children()]}
+    return [m for m in reversed(list(network.modules())) if id(m) in listed and type(m).forward is not nn.Module.forward]
 
 
 @contextlib.contextmanager
