@@ -1,13 +1,16 @@
 """Student updates per second of the distiller against a hand-written loop with the same network calls, interleaved.
 
-`python benches/distill_bench.py` prints the medians and their ratio (the bar: at least 0.9); progressive distillation, two DDIM
-steps of the teacher and one forward and backward pass of the student an update.
+`python benches/distill_bench.py` writes results/distill_bench.json, the medians and their ratio (the bar: at least 0.9);
+progressive distillation of the shipped model, two DDIM steps of the teacher and one forward and backward pass of the student an
+update.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
+import os
 import statistics
 import tempfile
 import time
@@ -17,10 +20,14 @@ from pathlib import Path
 import torch
 
 import fastdiff as fd
+from fastdiff import files
+from fastdiff.bench.results import versions
 from fastdiff.distill import Distiller, Progressive
 from fastdiff.training.data import Images
 
+OUT = Path(__file__).parent / "results" / "distill_bench.json"
 STEPS = 8
+BAR = 0.9  # student updates per second, of a hand-written loop's
 
 
 def by_hand(teacher: fd.Denoiser, data: Images, batch: int) -> Callable[[], None]:
@@ -57,10 +64,24 @@ def by_hand(teacher: fd.Denoiser, data: Images, batch: int) -> Callable[[], None
     return update
 
 
+def measure(candidates: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each update, in turns; a first round, not kept, warms up. On one thread its own time, not the wall's."""
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for number in range(rounds + 1):
+        for name, update in list(candidates.items())[:: 1 if number % 2 else -1]:
+            begin = clock()
+            update()
+            if number:
+                seconds[name].append(clock() - begin)
+    return seconds
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     teacher = fd.load("fashion-mnist")
     pixels = torch.randint(0, 256, (512, 1, 28, 28), dtype=torch.uint8)
@@ -68,18 +89,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         run = Distiller(teacher, Progressive(2 * STEPS, STEPS, updates=10_000, batch=args.batch), Path(folder), data)
         candidates = {"by hand": by_hand(teacher, data, args.batch), "distiller": lambda: run.step(run.stages[0])}
-        seconds: dict[str, list[float]] = {name: [] for name in candidates}
-        for number in range(args.rounds + 1):
-            for name, update in candidates.items():
-                begin = time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
-                update()
-                end = time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
-                if number:  # the first round warms up
-                    seconds[name].append(end - begin)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+        medians = {name: statistics.median(values) for name, values in measure(candidates, args.rounds).items()}
+    record = {
+        "batch": args.batch, "rounds": args.rounds, "load_average": os.getloadavg()[0], "versions": versions(), "bar": BAR,
+        "updates_per_second": {name: 1 / value for name, value in medians.items()},
+        "ratio": medians["by hand"] / medians["distiller"],
+    }  # fmt: skip
+    files.write_text(args.out, json.dumps(record, indent=1) + "\n")
     for name, value in medians.items():
         print(f"{name}: {1 / value:.2f} updates/s of {args.batch} images ({torch.get_num_threads()} threads)")
-    print(f"distiller / by hand: {medians['by hand'] / medians['distiller']:.3f} (bar: 0.9)")
+    print(f"distiller / by hand: {record['ratio']:.3f} (bar: {BAR})")
 
 
 if __name__ == "__main__":
