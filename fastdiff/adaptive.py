@@ -61,7 +61,7 @@ class Control:
         Raises:
             FastdiffError: fewer evaluations allowed than one step by this pair takes.
         """
-        least = pair.calls + 2  # the step away from alpha = 0, one step, and the last prediction where the step does not give it
+        least = 1 + pair.calls + pair.last  # the step away from alpha = 0, one step, and the last prediction
         if self.max_nfe < least:
             raise FastdiffError(f"max_nfe must be at least {least}; given {self.max_nfe}")
 

@@ -68,6 +68,7 @@ class Exponential:
     order: int
     on_eps: bool = False
     safety = 0.9
+    last = 1  # calls at the end, whose prediction is the sample
 
     @property
     def calls(self) -> int:
@@ -119,6 +120,7 @@ class Classical:
     a: tuple[tuple[float, ...], ...]  # row i: weights on the stages before stage i + 1; the last row is the higher-order result
     low: tuple[float, ...]
     safety = 0.9
+    last = 1
 
     @property
     def calls(self) -> int:
@@ -167,6 +169,7 @@ class Multistep:
     safety = 0.8
     calls = 2
     later = 1
+    last = 0  # the last step's evaluation is at the end
 
     @property
     def order(self) -> int:

@@ -235,7 +235,7 @@ def test_subset_cuts_only_what_belongs_to_samples():
         ({"rtol": -1e-2}, "rtol and atol must be positive"),
         ({"rtol": math.nan}, "rtol and atol must be positive"),
         ({"atol": 0.0}, "rtol and atol must be positive"),
-        ({"max_nfe": 3}, "max_nfe must be at least 4"),
+        ({"max_nfe": 2}, "max_nfe must be at least 3"),
         ({"max_nfe": 4, "solver": "dpmpp-23"}, "max_nfe must be at least 5"),
         ({"noise": None}, "nothing to start from"),
         ({"start": NOISE}, "not both"),
