@@ -32,7 +32,9 @@ SHAPE = (4, 3, 32, 32)
 ROWS = 20
 METHODS = ("ddim", "dpmpp-2m", "dpmpp-3m", "unipc-2", "unipc-3", "lms-4", "heun")
 PREDICTIONS = ("eps", "v")
-BAR = 1.5  # fastdiff's loop against the hand-written one, two-step multistep
+BAR = 1.4  # fastdiff's loop against the hand-written one, two-step multistep
+# in the rounds of the predictor-correctors too, whose loop's bar counts in it: 30 us a row where it takes 14
+YARDSTICK, CORRECTED_BAR = "hand dpmpp-2m", 30 / 14
 SEAT_BAR = 25.0  # us a row that the scheduler seat may cost beyond fastdiff's loop
 HERE = Path(__file__).resolve().parent
 
@@ -86,6 +88,15 @@ def cases(method: str, prediction: str, peers: bool = True) -> list[Case]:
 
     mine = {"sample": sample, "loop": loop, "hand": hand}
     out = [Case(method, prediction, who, ROWS, lambda f=f: f) for who, f in mine.items()]
+    if method.startswith("unipc"):
+        other = fd.plan("dpmpp-2m", denoiser, nfe=ROWS)
+        numbers = tables(other, prediction)
+
+        @torch.inference_mode()
+        def yardstick() -> Tensor:
+            return HAND["dpmpp-2m"](network, noise * other.start[1], numbers)
+
+        out.append(Case(method, prediction, YARDSTICK, ROWS, lambda: yardstick))
     if peers and missing("diffusers") is None:
         out += [diffusers_case(method, prediction, network, noise), seat_case(method, prediction, network, noise)]
     if peers and method in KDIFFUSION and missing("k_diffusion") is None:

@@ -4,7 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from overhead import BAR, KDIFFUSION, METHODS, PREDICTIONS, SEAT_BAR, Case, cases, check, measure, missing, summary
+from overhead import (
+    BAR,
+    CORRECTED_BAR,
+    KDIFFUSION,
+    METHODS,
+    PREDICTIONS,
+    SEAT_BAR,
+    YARDSTICK,
+    Case,
+    cases,
+    check,
+    measure,
+    missing,
+    summary,
+)  # fmt: skip
 
 WHO = ("sample", "loop", "hand", "seat", "diffusers", "k-diffusion")
 NEEDS = {"seat": "diffusers", "diffusers": "diffusers", "k-diffusion": "k_diffusion"}
@@ -48,6 +62,13 @@ def test_loops_agree(method, prediction):
 def test_two_step_multistep_within_the_bar(prediction):
     result = summary(measure(cases("dpmpp-2m", prediction, peers=False), rounds=200))
     assert result["loop"]["ratio"] <= BAR, result
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("method", ["unipc-2", "unipc-3"])
+def test_predictor_correctors_within_theirs(method, prediction):
+    result = summary(measure(cases(method, prediction, peers=False), rounds=200))
+    assert result["loop"]["us_per_row"] <= CORRECTED_BAR * result[YARDSTICK]["us_per_row"], result
 
 
 @pytest.mark.parametrize("method", METHODS)
