@@ -161,7 +161,7 @@ class Blocks:
             return cls(64, 32, False, 4 if width == 160 else 8, 2)  # 144 by 4 warps and 160 by 8: 8 and 16 bytes on sm_80
         if queries >= 2048:
             return cls(128, 64, False, 8, 2)
-        return cls(64, 32 if width == 16 else 64, False, 4, 2)  # 64 keys of a head of 16: 8 bytes on sm_100
+        return cls(64, 32 if width in (16, 48) else 64, False, 4, 2)  # 64 keys of a head of 16 or 40: 8 bytes on sm_100
 
     def options(self, head: int) -> dict[str, Any]:
         d0, d1 = parts(head)
