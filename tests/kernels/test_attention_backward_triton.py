@@ -34,16 +34,31 @@ def gradients(q, k, v, dout, scale=None):
     return torch.autograd.grad(F.scaled_dot_product_attention(*leaves, scale=scale), leaves, dout)
 
 
-def agree(kernel, q, k, v, dout, scale=None):
-    """Each against float64: at most twice torch's own error in that dtype, plus one unit of rounding."""
+def on_tensor_cores(q, k, v, dout, scale=None):
+    """What any kernel gives that rounds to the inputs' dtype what meets a matrix (softmax's weights and their gradient), and
+    takes the mean gradient from the rounded result (Dao et al. 2022, appendix B.4)."""
+    q32, k32, v32, dout32 = (x.float() for x in (q, k, v, dout))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    p = (q32 @ k32.mT * scale).softmax(-1)
+    rounded = p.to(q.dtype).float()
+    delta = (dout32 * (rounded @ v32).to(q.dtype).float()).sum(-1, keepdim=True)
+    ds = (p * (dout32 @ v32.mT - delta)).to(q.dtype).float() * scale
+    return tuple(x.to(q.dtype) for x in (ds @ k32, ds.mT @ q32, rounded.mT @ dout32))
+
+
+def agree(kernel, q, k, v, dout, scale=None, peer=gradients):
+    """Each against float64: at most twice the peer's error, torch's own in that dtype, plus one unit of rounding, and float32's
+    of what cancels (all of it where there is one key: torch's own error is 0 then)."""
     from fastdiff.kernels.attention_triton import forward
 
     out, sums = forward(q, k, v, None, scale)
     got = kernel.backward(dout, q, k, v, out, sums, scale)
     exact = gradients(*(x.double() for x in (q, k, v, dout)), scale)
-    for x, mine, own, right in zip((q, k, v), got, gradients(q, k, v, dout, scale), exact, strict=True):
+    largest = (dout.float().abs() @ v.float().abs().mT).max() * max(q.abs().max(), k.abs().max())
+    cancelled = torch.finfo(torch.float32).eps * largest
+    for x, mine, own, right in zip((q, k, v), got, peer(q, k, v, dout, scale), exact, strict=True):
         assert mine.shape == x.shape and mine.dtype == x.dtype and mine.stride() == m.like(x).stride()
-        allowed = 2 * (own.double() - right).abs().max() + torch.finfo(x.dtype).eps * right.abs().max()
+        allowed = 2 * (own.double() - right).abs().max() + torch.finfo(x.dtype).eps * right.abs().max() + cancelled
         assert (mine.double() - right).abs().max() <= allowed
 
 
@@ -65,10 +80,11 @@ def test_the_tiles_of_a_gpu(kernel, head):
 
 @pytest.mark.parametrize("logit", [300, -300])
 def test_scores_that_would_overflow(kernel, small, logit):
-    """Far from 0 for every key alike: exp of them would be infinite, or, below, of those beyond the last key."""
+    """Far from 0 for every key alike: exp of them would be infinite, or, below, of those beyond the last key. One column of the
+    gradient is 60 times a sum that is 0 but for rounding, which torch does not do everywhere on a CPU."""
     q, k, v, dout = given_for(1, 1, 20, 40, 16)
     q[..., 0], k[..., 0] = 20, logit / 5
-    agree(kernel, q, k, v, dout)
+    agree(kernel, q, k, v, dout, peer=on_tensor_cores)
 
 
 def test_views_are_read_in_place(kernel, small):
