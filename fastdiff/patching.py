@@ -297,11 +297,13 @@ class Processor:
         context = x if encoder_hidden_states is None else encoder_hidden_states
         if encoder_hidden_states is not None and attn.norm_cross:
             context = attn.norm_encoder_hidden_states(context)
-        flat = (attn.to_q(x), attn.to_k(context), attn.to_v(context))
-        q, k, v = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in flat)
+        q, k, v = attn.to_q(x), attn.to_k(context), attn.to_v(context)
+        shape = (len(q), -1, attn.heads, q.shape[-1] // attn.heads)
+        q, k, v = q.view(shape).transpose(1, 2), k.view(shape).transpose(1, 2), v.view(shape).transpose(1, 2)
         q = q if attn.norm_q is None else attn.norm_q(q)
         k = k if attn.norm_k is None else attn.norm_k(k)
-        out = ops.attention(q, k, v, scale=self.scale).transpose(1, 2).flatten(2).to(q.dtype)
+        out = ops.attention(q, k, v, scale=self.scale).transpose(1, 2).flatten(2)
+        out = out if out.dtype == q.dtype else out.to(q.dtype)
         out = attn.to_out[1](attn.to_out[0](out))
         if image:
             out = out.transpose(1, 2).reshape(hidden_states.shape)

@@ -43,7 +43,7 @@ def small(positions):
 
 
 def wide(norm):
-    return m.Norm(*(v.double() if isinstance(v, torch.Tensor) else v for v in dataclasses.astuple(norm)))
+    return m.Norm(*(v.double() if isinstance(v, torch.Tensor) else v for v in tuple(norm)))
 
 
 def error(got, want):
