@@ -27,7 +27,7 @@ from ..training.skips import Skips
 from . import lora
 from .match import Match
 from .method import Batch, Method, Stage
-from .students import check_data, fingerprint, frozen, own_format, student_network
+from .students import check_data, fingerprint, frozen, own_format, placed, put, student_network
 
 
 @dataclass(frozen=True)
@@ -102,10 +102,13 @@ class Distiller:
         _check_parts(self.stages, self.parts)
         for stage in self.stages:  # now rather than at the stage's end
             method.plan(stage, teacher.schedule), method.plans(stage, teacher.schedule)
-        self.source, network = self._whole(teacher), network.to(self.device)
-        self.network = network
+        teacher, self.network = placed(teacher, self.device), network.to(self.device)
+        self.source = self._whole(teacher)
+        guided = self.settings.guidance != 1.0
+        self.negative = put(teacher.unprompted, self.device) if guided else None  # a text encoder's answer, asked for once
         self.averages = {name: spread(frozen(copy.deepcopy(network)), self.world) for name in method.averages()}
-        self.teacher = teacher.with_network(spread(frozen(teacher.network).to(self.device), self.world))
+        assert isinstance(teacher.network, nn.Module)
+        self.teacher = teacher.with_network(spread(frozen(teacher.network), self.world))
         self._wrapped = wrap(network, self.world)  # the student's gradients, shared between processes
         self.student = teacher.with_network(self._wrapped, method.prediction(teacher))
         self.target = self.student.with_network(self.averages.get("target", network))
@@ -224,7 +227,7 @@ class Distiller:
         takes = getattr(self.teacher.network, "guidance_range", None) is not None
         teacher = self.teacher.bind(**bound, **(scale if takes else {}))
         if self.settings.guidance != 1.0 and not self._taught:
-            teacher = cfg(teacher, self.settings.guidance, negative=teacher.unprompted)
+            teacher = cfg(teacher, self.settings.guidance, negative=self.negative)
         with torch.autocast(batch.noise.device.type, torch.bfloat16, enabled=self.settings.bf16):
             loss = self.method.loss(student, teacher, target, batch) / self.settings.accumulate
         loss.backward()

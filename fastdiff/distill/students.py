@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import hashlib
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,6 +23,22 @@ from .method import Method
 # of a student of "both", in multiples of its teacher's output: x0 and eps. For v, c (cos + sin) is nearest to 1 over all angles
 HEADS = {"eps": (0.0, 1.0), "x0": (1.0, 0.0), "v": (-4 / (math.pi + 2), 4 / (math.pi + 2))}
 OUTPUT = ("out.2.weight", "out.2.bias")
+
+
+def placed(teacher: Denoiser, device: torch.device) -> Denoiser:
+    """The teacher with its network, in place as `nn.Module.to`, and with all that is bound to it on a device."""
+    assert isinstance(teacher.network, nn.Module), "`check_teacher` refuses others"
+    teacher.network.to(device)
+    out = copy.copy(teacher)
+    out.cond, out.contrast = put(teacher.cond, device), put(teacher.contrast, device)
+    return out
+
+
+def put(value: Any, device: torch.device) -> Any:
+    """A condition, a tensor or a mapping of them, on a device."""
+    if isinstance(value, Mapping):
+        return {name: put(part, device) for name, part in value.items()}
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def frozen(network: nn.Module) -> nn.Module:

@@ -8,7 +8,7 @@ import torch
 from diffusers import DDPMScheduler
 
 import fastdiff as fd
-from fastdiff.distill import ECT, Consistency, Distiller, Guided, Match, Progressive, Trajectory
+from fastdiff.distill import ECT, Consistency, Distiller, Guided, Match, Progressive, Settings, Trajectory
 from fastdiff.training.data import load_images
 
 SHORT = {"updates": 1, "batch": 4}
@@ -46,6 +46,28 @@ def test_a_loss_on_another_device(name, prediction, tmp_path):
 def test_the_pretended_device_refuses_to_mix():
     with pytest.raises(RuntimeError, match="device"):
         torch.ones(3, device="meta") + torch.ones(3)
+
+
+class Told(torch.nn.Module):
+    """A network that is told a vector a sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Conv2d(1, 1, 3, padding=1)
+
+    def forward(self, x, t, words):
+        return self.layer(x) * words["mean"].view(-1, 1, 1, 1) + t.view(-1, 1, 1, 1)
+
+
+def test_what_is_bound_to_a_teacher_moves_with_it(tmp_path):
+    """Conditions and what guidance leads away from, mappings of tensors among them."""
+    teacher = fd.Denoiser(Told(), fd.schedule.vp_cosine(), "v", shape=(1, 8, 8)).bind(words={"mean": torch.ones(1)})
+    teacher.contrast = {"words": {"mean": torch.zeros(1)}}
+    run = Distiller(teacher, Trajectory(2, calls=1, **SHORT), tmp_path / "run", settings=Settings(guidance=2.0), device="meta")
+    assert run.negative["words"]["mean"].device.type == "meta"
+    taught = fd.guide.cfg(run.teacher, 2.0, negative=run.negative)
+    loss = run.method.loss(run.student, taught, run.target, run._batch(run.stages[0], 0))
+    assert loss.device.type == "meta" and teacher.cond["words"]["mean"].device.type == "cpu"
 
 
 def test_a_teacher_of_another_library_moves_too(tmp_path):
