@@ -278,6 +278,11 @@ def resnet_forward(self: Any, input_tensor: Tensor, temb: Tensor | None = None, 
     return (x + h) / self.output_scale_factor
 
 
+def heads_of(x: Tensor, heads: int) -> Tensor:
+    """(B, S, heads * d) as (B, heads, S, d), a view."""
+    return x.view(x.shape[0], x.shape[1], heads, -1).transpose(1, 2)
+
+
 class Processor:
     """diffusers' attention processor through `ops.attention`; calls with a mask or other extras go to the one before."""
 
@@ -297,9 +302,7 @@ class Processor:
         context = x if encoder_hidden_states is None else encoder_hidden_states
         if encoder_hidden_states is not None and attn.norm_cross:
             context = attn.norm_encoder_hidden_states(context)
-        q, k, v = attn.to_q(x), attn.to_k(context), attn.to_v(context)
-        shape = (len(q), -1, attn.heads, q.shape[-1] // attn.heads)
-        q, k, v = q.view(shape).transpose(1, 2), k.view(shape).transpose(1, 2), v.view(shape).transpose(1, 2)
+        q, k, v = (heads_of(part, attn.heads) for part in (attn.to_q(x), attn.to_k(context), attn.to_v(context)))
         q = q if attn.norm_q is None else attn.norm_q(q)
         k = k if attn.norm_k is None else attn.norm_k(k)
         out = ops.attention(q, k, v, scale=self.scale).transpose(1, 2).flatten(2)

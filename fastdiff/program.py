@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 Weight = Any  # a float; in a `mapped` program what stands for one: its place in a table, the 0-d tensor that holds it
 Terms = tuple[tuple[int, Weight], ...]  # (register, weight)
 Named = list[tuple[str, float]]
-FAR = 1e6  # a register's factor lies between this and its inverse: the state stays far from float32's ends
+FAR = 2.0**8  # a register's factor lies between this and its inverse: a state in float16 has room for it
 CANCELLED = 1e-12  # what rounding leaves of two equal weights is a smaller part of them (of the registry's plans 3e-16)
 
 
@@ -50,7 +50,7 @@ class Step:
         stores = tuple((register, some(p), some(q)) for register, p, q in self.stores)
         point, base = each(self.next), None if self.base is None else each(self.base)
         var = None if self.var is None else (f(self.var[0]), f(self.var[1]))
-        return replace(self, stores=stores, next=point, base=base, var=var)
+        return replace(self, stores=stores, next=point, base=base, var=var, own=False)  # the weight need not be 1
 
 
 @dataclass(frozen=True)

@@ -236,10 +236,10 @@ def advance(
 
 
 def _base(registers: dict[int, Any], step: Step, factor: Factor) -> Tensor:
-    """The next base; in place where the last one is the executor's own, and no graph may need it: weights are floats."""
+    """The next base; in place where the last one is the executor's own, and made in the mode that this row runs in."""
     terms = step.base
     assert terms
-    if step.own and isinstance(terms[0][1], float):
+    if step.own and registers[0].is_inference() == torch.is_inference_mode_enabled():
         return _plus(registers[0], registers, terms[1:])
     return _sum(registers, terms, factor)
 

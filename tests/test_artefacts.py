@@ -188,7 +188,9 @@ def test_higher_order_beats_ddim_at_ten_calls_outside_the_interval():
 def test_the_cost_per_step_in_the_readme_is_in_the_record():
     rows = json.loads((RECORDS / "overhead.json").read_text())["results"]
     us = {(r["method"], r["who"]): r["us_per_row"] for r in rows if r["prediction"] == "eps"}
-    for method in ("ddim", "heun", "dpmpp-2m", "dpmpp-3m", "unipc-2", "lms-4"):
+    for method in ("ddim", "heun", "dpmpp-2m", "dpmpp-3m", "unipc-2", "unipc-3", "lms-4"):
         cells = " | ".join(f"{us[method, who]:.0f}" for who in ("hand", "loop", "sample", "seat", "diffusers"))
         assert f"| `{method}` | {cells} |" in README
         assert us[method, "seat"] - us[method, "loop"] <= 25 and us[method, "loop"] <= 1.4 * us[method, "hand"]
+    for method in ("unipc-2", "unipc-3"):  # 30 us where the hand-written DPM-Solver++(2M) takes 14
+        assert us[method, "loop"] <= 30 / 14 * us[method, "hand dpmpp-2m"]

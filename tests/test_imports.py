@@ -16,7 +16,7 @@ HEAVY = ("triton", "onnx", "onnxruntime", "diffusers", "matplotlib", "PIL", "skl
 
 # From the bottom up: a part imports its own layer and those above it in this list. A new part goes where it belongs.
 LAYERS = [
-    {"errors"}, {"files", "parallel", "resume", "philox"}, {"shipped", "streaming"}, {"schedule"},
+    {"errors"}, {"files", "parallel", "resume", "philox", "scalars"}, {"shipped", "streaming"}, {"schedule"},
     {"prediction", "grid", "coeffs"},
     {"plans", "program"}, {"solvers", "reference"}, {"kernels"}, {"ops"},
     {"noise", "denoiser"}, {"fused"}, {"guide", "sampling", "brownian", "pairs"},

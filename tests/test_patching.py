@@ -141,6 +141,26 @@ def test_a_mask_goes_to_the_processor_before():
     assert not torch.allclose(net(x, t, text).sample, before, rtol=1e-3, atol=1e-3)
 
 
+def test_one_condition_serves_every_sample():
+    """Tokens (1, 6, d) for a batch of 2: 6 divides by 2, so that a wrong shape would not show as an error. (diffusers' own
+    processor refuses them.)"""
+    net, (x, t, _) = conditional()
+    text = noise(1, 6, 16)
+    before = net(x, t, text.expand(2, -1, -1)).sample
+    fd.patch(net)
+    torch.testing.assert_close(net(x, t, text).sample, before, rtol=1e-4, atol=1e-4)
+
+
+def test_a_patched_network_is_exported_with_any_batch():
+    net, (x, t, text) = conditional()
+    fd.patch(net.eval())
+    batch = torch.export.Dim("batch", min=2, max=63)  # from 64 on upsampling copies its input
+    graph = torch.export.export(net, (x, t, text), dynamic_shapes=({0: batch},) * 3, strict=False).module()
+    for n in (2, 3):
+        given = noise(n, 4, 8, 8), torch.arange(n) + 1, noise(n, 5, 16)
+        torch.testing.assert_close(graph(*given).sample, net(*given).sample, rtol=1e-4, atol=1e-4)
+
+
 class Odd(nn.GroupNorm):
     def forward(self, x):
         return super().forward(x.float()).type(x.dtype)

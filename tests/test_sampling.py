@@ -166,6 +166,32 @@ def test_points_that_were_shown_stay_as_they_are(name, options):
     assert all(torch.equal(y, then) for y, then in shown)
 
 
+def test_a_base_kept_to_the_side_fits_a_state_in_float16():
+    """EDM's sigma falls by 4e4, and with it the weight of UniPC's base: what is kept is not the base over it."""
+    den = Elementwise()
+    den.of = lambda x, t: 4 + 0.2 * torch.sin(x)
+    plan = fd.plan("unipc-2", fd.schedule.edm(), 100)
+    narrow, wide = (fd.sample(den, plan, seeds=range(2), dtype=dtype) for dtype in (torch.float16, torch.float32))
+    torch.testing.assert_close(narrow.float(), wide, rtol=0, atol=0.1)
+
+
+def test_a_loop_outside_may_leave_inference_mode_on_the_way():
+    from fastdiff.compat.stepper import Stepper
+
+    plan = make("unipc-2", {}, 8)
+    x = fd.noise.normal(range(2), 0, math.prod(SHAPE)).view(2, *SHAPE)
+
+    def end(modes):
+        stepper, y, den = Stepper(plan), x, Elementwise()
+        for row, mode in zip(plan.rows, modes, strict=True):
+            with mode():
+                y = stepper.step(y, (den(y, row.t), None), lambda: None, torch.float32)
+        return y
+
+    mixed = end([torch.inference_mode] * 4 + [torch.no_grad] * 4)
+    torch.testing.assert_close(mixed, end([torch.no_grad] * 8), rtol=1e-6, atol=1e-6)
+
+
 def test_no_gradient_is_kept():
     network = tiny.network().requires_grad_(True)
     den = fd.Denoiser(network, SCHEDULE, "v", shape=(1, 8, 8)).bind(class_labels=torch.zeros(2).long())

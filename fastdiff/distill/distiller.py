@@ -22,12 +22,12 @@ from ..models import UNet
 from ..parallel import join
 from ..resume import check_same, read_state
 from ..training.data import Images, batch_indices
-from ..training.parallel import load_network, load_optimiser, local, spread, whole, wrap
+from ..training.parallel import gathered, load_network, load_optimiser, local, spread, whole, wrap
 from ..training.skips import Skips
 from . import lora
 from .match import Match
 from .method import Batch, Method, Stage
-from .students import check_data, fingerprint, frozen, own_format, placed, put, student_network
+from .students import check_data, fingerprint, frozen, own_format, placed, student_network
 
 
 @dataclass(frozen=True)
@@ -102,10 +102,10 @@ class Distiller:
         _check_parts(self.stages, self.parts)
         for stage in self.stages:  # now rather than at the stage's end
             method.plan(stage, teacher.schedule), method.plans(stage, teacher.schedule)
+        if self.device.index is not None and self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # where FSDP puts a process's shares
         teacher, self.network = placed(teacher, self.device), network.to(self.device)
         self.source = self._whole(teacher)
-        guided = self.settings.guidance != 1.0
-        self.negative = put(teacher.unprompted, self.device) if guided else None  # a text encoder's answer, asked for once
         self.averages = {name: spread(frozen(copy.deepcopy(network)), self.world) for name in method.averages()}
         assert isinstance(teacher.network, nn.Module)
         self.teacher = teacher.with_network(spread(frozen(teacher.network), self.world))
@@ -227,8 +227,8 @@ class Distiller:
         takes = getattr(self.teacher.network, "guidance_range", None) is not None
         teacher = self.teacher.bind(**bound, **(scale if takes else {}))
         if self.settings.guidance != 1.0 and not self._taught:
-            teacher = cfg(teacher, self.settings.guidance, negative=self.negative)
-        with torch.autocast(batch.noise.device.type, torch.bfloat16, enabled=self.settings.bf16):
+            teacher = cfg(teacher, self.settings.guidance, negative=teacher.unprompted)
+        with torch.autocast(batch.noise.device.type, torch.bfloat16, enabled=self.settings.bf16), gathered(self.world.sharded):
             loss = self.method.loss(student, teacher, target, batch) / self.settings.accumulate
         loss.backward()
         return float(loss.detach())

@@ -26,18 +26,19 @@ OUTPUT = ("out.2.weight", "out.2.bias")
 
 
 def placed(teacher: Denoiser, device: torch.device) -> Denoiser:
-    """The teacher with its network, in place as `nn.Module.to`, and with all that is bound to it on a device."""
+    """The teacher with its network, in place as `nn.Module.to`, and with all that is bound to it on a device: what guidance leads
+    away from too, which a text encoder is asked for here, once."""
     assert isinstance(teacher.network, nn.Module), "`check_teacher` refuses others"
     teacher.network.to(device)
     out = copy.copy(teacher)
-    out.cond, out.contrast = put(teacher.cond, device), put(teacher.contrast, device)
+    out.cond, out.contrast = _placed(teacher.cond, device), _placed(teacher.unprompted, device)
     return out
 
 
-def put(value: Any, device: torch.device) -> Any:
+def _placed(value: Any, device: torch.device) -> Any:
     """A condition, a tensor or a mapping of them, on a device."""
     if isinstance(value, Mapping):
-        return {name: put(part, device) for name, part in value.items()}
+        return {name: _placed(part, device) for name, part in value.items()}
     return value.to(device) if isinstance(value, Tensor) else value
 
 

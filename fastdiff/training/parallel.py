@@ -12,9 +12,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..models import UNet
+from ..errors import FastdiffError
 from ..models.unet import EmbedSequential
 from ..parallel import World
+
+REACHES_IN = ("DiTTransformer2DModel",)  # of diffusers: its end reads an embedding of its first block
 
 
 def wrap(network: nn.Module, world: World) -> nn.Module:
@@ -41,11 +43,29 @@ def spread(network: nn.Module, world: World) -> nn.Module:
 
 
 def _blocks(network: nn.Module) -> list[nn.Module]:
-    """The parts that are gathered by themselves, inner ones first."""
-    if isinstance(network, UNet):
-        return [m for m in network.modules() if isinstance(m, EmbedSequential)]
+    """The parts that are gathered by themselves, inner ones first; none of a network known to reach into them from outside."""
+    ours: list[nn.Module] = [m for m in network.modules() if isinstance(m, EmbedSequential)]
+    if ours:
+        return ours
+    if any(type(m).__name__ in REACHES_IN for m in network.modules()):
+        return []
     listed = {id(m) for parts in network.modules() if isinstance(parts, nn.ModuleList) for m in parts if [*m.children()]}
     return [m for m in reversed(list(network.modules())) if id(m) in listed and type(m).forward is not nn.Module.forward]
+
+
+@contextlib.contextmanager
+def gathered(sharded: bool) -> Iterator[None]:
+    """
+    Raises:
+        FastdiffError: inside, a sharded network met weights that are not gathered.
+    """
+    try:
+        yield
+    except RuntimeError as e:
+        if not sharded or "DTensor" not in str(e):
+            raise
+        raise FastdiffError("this network uses weights of a block outside of the block's own call, where shares of them are not "
+                            "gathered: leave out --fsdp") from e  # fmt: skip
 
 
 @contextlib.contextmanager

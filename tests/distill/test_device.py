@@ -1,5 +1,5 @@
-"""Where a student learns: every method's loss on a device that is not the CPU. "meta" stands for it, whose tensors hold no
-numbers but refuse, as a GPU's do, to be mixed with the CPU's."""
+"""Where a student learns: every method's loss on a device that is not the CPU. "meta" stands for it: its tensors hold no numbers,
+and most operations refuse, as a GPU's do, to mix them with the CPU's (not all: so every call's devices are looked at too)."""
 
 import hub
 import pytest
@@ -24,9 +24,16 @@ METHODS = {
 
 
 @pytest.mark.parametrize(("name", "prediction"), [*((name, "v") for name in METHODS), ("progressive", "eps")])
-def test_a_loss_on_another_device(name, prediction, tmp_path):
+def test_a_loss_on_another_device(name, prediction, tmp_path, monkeypatch):
     """Every stage's loss and its gradient; the teacher of a later stage is the student's equal."""
-    method = METHODS[name]
+    method, asked, call = METHODS[name], set(), fd.Denoiser.__call__
+
+    def watched(self, x, t):
+        d = call(self, x, t)
+        asked.update((x.device.type, d.device.type))
+        return d
+
+    monkeypatch.setattr(fd.Denoiser, "__call__", watched)
     teacher = fd.load(tiny.checkpoint(tmp_path / "t.safetensors", prediction=prediction))
     run = Distiller(teacher, method, tmp_path / "run", load_images(tiny.npz(tmp_path / "x.npz")), device="meta")
     assert {p.device.type for net in (run.network, run.teacher.network) for p in net.parameters()} == {"meta"}
@@ -40,7 +47,7 @@ def test_a_loss_on_another_device(name, prediction, tmp_path):
         loss = method.loss(student, taught, target, batch)
         assert loss.device.type == "meta" and loss.ndim == 0
         loss.backward()
-    assert any(p.grad is not None for p in run.network.parameters())
+    assert asked == {"meta"} and any(p.grad is not None for p in run.network.parameters())
 
 
 def test_the_pretended_device_refuses_to_mix():
@@ -64,8 +71,8 @@ def test_what_is_bound_to_a_teacher_moves_with_it(tmp_path):
     teacher = fd.Denoiser(Told(), fd.schedule.vp_cosine(), "v", shape=(1, 8, 8)).bind(words={"mean": torch.ones(1)})
     teacher.contrast = {"words": {"mean": torch.zeros(1)}}
     run = Distiller(teacher, Trajectory(2, calls=1, **SHORT), tmp_path / "run", settings=Settings(guidance=2.0), device="meta")
-    assert run.negative["words"]["mean"].device.type == "meta"
-    taught = fd.guide.cfg(run.teacher, 2.0, negative=run.negative)
+    assert {d.unprompted["words"]["mean"].device.type for d in (run.source, run.teacher, run.student)} == {"meta"}
+    taught = fd.guide.cfg(run.teacher, 2.0, negative=run.teacher.unprompted)
     loss = run.method.loss(run.student, taught, run.target, run._batch(run.stages[0], 0))
     assert loss.device.type == "meta" and teacher.cond["words"]["mean"].device.type == "cpu"
 
