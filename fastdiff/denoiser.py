@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -151,7 +152,7 @@ class Denoiser:
         out.network, out.plan, out.tuned, out.levels = network, None, (), {}
         out.prediction = prediction or self.prediction
         check_prediction(out.prediction)
-        out.__dict__.pop("_dtype", None)
+        out.__dict__.pop("dtype", None)
         return out
 
     def bind(self, **cond: Any) -> Denoiser:
@@ -210,7 +211,7 @@ class Denoiser:
     def raw(self, x: Tensor, c_noise: Tensor) -> Tensor:
         """The network's own output F for an input already scaled by c_in, in the network's dtype."""
         dtype = self.dtype
-        return self.output(self.network(x if dtype is None else x.to(dtype), c_noise, **self.cond))
+        return self.output(self.network(x if dtype is None or dtype is x.dtype else x.to(dtype), c_noise, **self.cond))
 
     def _denoise(self, x: Tensor, c: Coefficients, c_noise: Tensor) -> Tensor:
         _, c_skip, c_out = c
@@ -290,15 +291,11 @@ class Denoiser:
     def sigma_data(self) -> float:
         return float(getattr(self.schedule, "sigma_data", 0.5))
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype | None:
         """The dtype of the network's parameters; None for a callable without any, which gets the state's dtype."""
-        cached = self.__dict__.get("_dtype", False)
-        if cached is False:
-            parameters = self.network.parameters() if isinstance(self.network, torch.nn.Module) else iter(())
-            cached = next((p.dtype for p in parameters if p.is_floating_point()), None)
-            self._dtype: torch.dtype | None = cached
-        return cached
+        parameters = self.network.parameters() if isinstance(self.network, torch.nn.Module) else iter(())
+        return next((p.dtype for p in parameters if p.is_floating_point()), None)
 
     @property
     def device(self) -> torch.device:
@@ -310,7 +307,7 @@ class Denoiser:
         for part in (self.network, self.decoder):
             if isinstance(part, torch.nn.Module):
                 part.to(device=device, dtype=dtype)
-        self.__dict__.pop("_dtype", None)
+        self.__dict__.pop("dtype", None)
         return self
 
     def compiled(self) -> Denoiser:

@@ -245,13 +245,16 @@ def _base(registers: dict[int, Any], step: Step, factor: Factor) -> Tensor:
 
 
 def _sum(registers: dict[int, Any], terms: Terms, factor: Factor) -> Tensor:
-    (r, w), *rest = terms
-    return _plus(registers[r] * factor(w), registers, rest)
+    r, w = terms[0]
+    return _plus(registers[r] * factor(w), registers, terms[1:])
 
 
 def _plus(total: Tensor, registers: dict[int, Any], terms: Iterable[tuple[int, Weight]]) -> Tensor:
     for r, w in terms:
-        _add(total, registers[r], w)
+        if isinstance(w, float):  # as `_add`, without the call
+            total.add_(registers[r], alpha=w)
+        else:
+            _add(total, registers[r], w)
     return total
 
 

@@ -10,7 +10,11 @@ import torch
 from torch import Tensor
 
 Factor = Callable[[Any], Any]  # a float -> what a tensor is multiplied by in its place
-_transformed = torch._C._are_functorch_transforms_active  # torch.func's grad, vmap and the like wrap what is made inside them
+SINGLE = torch.float32
+# asked at every row, so under one name each: torch.compile and export, torch.jit.trace, and torch.func's transforms, which wrap
+# what is made inside them
+_compiling, _trace = torch.compiler.is_compiling, torch._C._get_tracing_state
+_transformed = torch._C._are_functorch_transforms_active
 
 
 def factors(x: Tensor) -> Factor:
@@ -20,8 +24,8 @@ def factors(x: Tensor) -> Factor:
     are kept instead, one a float, where that changes neither bits (float32; but the sign of a product with zero) nor what a
     compiler, a tracer, a transform or a subclass of Tensor sees.
     """
-    plain = type(x) is Tensor and x.is_cpu and x.dtype == torch.float32
-    return _kept if plain and not (torch.compiler.is_compiling() or torch.jit.is_tracing() or _transformed()) else itself
+    plain = type(x) is Tensor and x.is_cpu and x.dtype is SINGLE
+    return _kept if plain and not (_compiling() or _trace() or _transformed()) else itself
 
 
 def itself(w: Any) -> Any:

@@ -27,7 +27,8 @@ teacher's target by UniPC-2: from the same noise, its restarts in 4 equal interv
     3               0.104   0.094      0.080   0.062    0.057
     4               -       -          -       -        0.028
 
-and in 8 intervals DDIM with 2 calls 0.074, UniPC-2 0.049, with 3 calls 0.026: no student can be nearer than its target.
+and in 8 intervals DDIM with 2 calls 0.074, UniPC-2 0.049, with 3 calls 0.026: no student can be nearer than its target. What that
+buys in a student, at equal cost (results/distill_targets.json, 4 calls): 0.106 with 4 calls of UniPC-2, 0.160 with DDIM's 2.
 """
 
 from __future__ import annotations
