@@ -64,31 +64,31 @@ def distill(
     from ..training.data import load_images
     from .requests import check_device
 
-    if threads:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads or torch.get_num_threads())
     given = {**parse_steps(steps), "start": start, "updates": updates, "batch": batch, "lr": lr, "solver": solver, "calls": calls,
              "weighting": weighting, "scales": parse_scales(scales), "segments": segments, "inner": inner, "self_ema": self_ema,
              "ema": ema, "phases": phases}  # fmt: skip
     changes = None if network is None else parse_settings("--network", network)
     recipe = matched(make_method(method, given), changes=changes, predicts=prediction, updates=match_updates, lr=match_lr)
-    if view_every:
-        need_pictures(fsdp)
+    need_pictures(view_every, fsdp)
     check_folder(out)
-    settings = Settings(seed, 1.0, accumulate, bf16, checkpointing, lora, guidance, fsdp)
+    how = Settings(seed, 1.0, accumulate, bf16, checkpointing, lora, guidance, fsdp)
     where = check_device(device or join(fsdp).device)
-    run = Distiller(load(teacher), recipe, out, load_images(data) if data else None, settings, where)
+    run = Distiller(load(teacher), recipe, out, load_images(data) if data else None, how, where)
     follow(run, View(run, view_every, view_n) if view_every and run.world.first else None, save_every)
-    if run.world.first:
-        plot_losses(run.losses, out / "loss.png")
-        say(f"{out / 'model.safetensors'}: {method}, {summary(run)}")
+    tell(run)
 
 
-def summary(run: Distiller) -> str:
-    """How many calls the student takes, and what runs it."""
+def tell(run: Distiller) -> None:
+    """loss.png, and a line with the student's file, how many calls it takes, and what runs it."""
+    if not run.world.first:
+        return
+    plot_losses(run.losses, run.out / "loss.png")
     last = run.stages[-1]
     *fewer, most = [plan.nfe for plan in run.method.plans(last, run.source.schedule)] or [last.steps]
     calls, wish = (f"{', '.join(map(str, fewer))} or {most}", " --nfe N") if fewer else (str(most), "")
-    return f"{calls} network calls; `fastdiff sample {run.out}{wish}` runs it"
+    made = f"{run.out / 'model.safetensors'}: {run.method.name}, {calls} network calls"
+    say(f"{made}; `fastdiff sample {run.out}{wish}` runs it")
 
 
 def follow(run: Distiller, view: View | None, save_every: float) -> None:
