@@ -184,7 +184,7 @@ def _halved(denoiser: Denoiser, dtype: torch.dtype) -> Denoiser:
         return Guided(positive, negative, denoiser.scale, denoiser.interval, denoiser.rescale)
     made = denoiser.bind()
     made.network = half_copy(denoiser.network, dtype)
-    made.__dict__.pop("dtype", None)
+    made.__dict__.pop("_dtype", None)
     return made
 
 

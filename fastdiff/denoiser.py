@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -152,7 +151,7 @@ class Denoiser:
         out.network, out.plan, out.tuned, out.levels = network, None, (), {}
         out.prediction = prediction or self.prediction
         check_prediction(out.prediction)
-        out.__dict__.pop("dtype", None)
+        out.__dict__.pop("_dtype", None)
         return out
 
     def bind(self, **cond: Any) -> Denoiser:
@@ -291,11 +290,15 @@ class Denoiser:
     def sigma_data(self) -> float:
         return float(getattr(self.schedule, "sigma_data", 0.5))
 
-    @cached_property
+    @property
     def dtype(self) -> torch.dtype | None:
         """The dtype of the network's parameters; None for a callable without any, which gets the state's dtype."""
-        parameters = self.network.parameters() if isinstance(self.network, torch.nn.Module) else iter(())
-        return next((p.dtype for p in parameters if p.is_floating_point()), None)
+        cached = self.__dict__.get("_dtype", False)  # functools.cached_property takes a lock, which no compiler enters
+        if cached is False:
+            parameters = self.network.parameters() if isinstance(self.network, torch.nn.Module) else iter(())
+            cached = next((p.dtype for p in parameters if p.is_floating_point()), None)
+            self._dtype: torch.dtype | None = cached
+        return cached
 
     @property
     def device(self) -> torch.device:
@@ -307,7 +310,7 @@ class Denoiser:
         for part in (self.network, self.decoder):
             if isinstance(part, torch.nn.Module):
                 part.to(device=device, dtype=dtype)
-        self.__dict__.pop("dtype", None)
+        self.__dict__.pop("_dtype", None)
         return self
 
     def compiled(self) -> Denoiser:

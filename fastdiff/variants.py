@@ -59,7 +59,7 @@ class Variant:
             network.to(memory_format=torch.channels_last)
         if self.bf16:
             network.to(torch.bfloat16)
-            other.__dict__.pop("dtype", None)
+            other.__dict__.pop("_dtype", None)
             other.cond = {name: _narrow(value) for name, value in denoiser.cond.items()}
         return other.compiled() if self.compiled else other
 

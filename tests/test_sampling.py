@@ -124,7 +124,7 @@ def test_a_low_precision_network_leaves_the_state_alone(name, options):
 
     seen = []
     den = fd.Denoiser(network, SCHEDULE, "x0", shape=SHAPE)
-    den.__dict__["dtype"] = torch.bfloat16
+    den._dtype = torch.bfloat16
     out = fd.sample(den, make(name, options), seeds=range(4))
     assert out.dtype == torch.float32 and set(seen) == {(torch.bfloat16, torch.float32)}
     torch.testing.assert_close(out, fd.sample(Elementwise(), make(name, options), seeds=range(4)), rtol=0, atol=0.25)

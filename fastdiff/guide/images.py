@@ -32,7 +32,7 @@ def image_condition(denoiser: Denoiser, image: Tensor) -> Denoiser:
                             f"{tuple(image.shape)}: resize it to the sample first")  # fmt: skip
     made = copy.copy(denoiser)
     made.network = denoiser.network if isinstance(denoiser.network, Concatenated) else Concatenated(denoiser.network)
-    made.__dict__.pop("dtype", None)
+    made.__dict__.pop("_dtype", None)
     return made.bind(**{KEY: image})
 
 
