@@ -35,4 +35,4 @@ def itself(w: Any) -> Any:
 @lru_cache(maxsize=2**14)
 def _kept(w: float) -> Tensor:
     with torch.inference_mode(False):  # what is made inside could not be saved for a backward pass outside
-        return torch.tensor(w, dtype=torch.float32, device="cpu")
+        return torch.tensor(w, dtype=SINGLE, device="cpu")

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, DiTTransformer2DModel
 from torchrun_worker import method_of
 
 import fastdiff as fd
 from fastdiff.distill import Distiller, Settings
 from fastdiff.errors import FastdiffError
 from fastdiff.training.data import load_images
+from fastdiff.training.parallel import _blocks
 
 WORKER = Path(__file__).with_name("torchrun_worker.py")
 
@@ -104,6 +105,16 @@ def test_a_sharded_run_stops_together_and_goes_on_bit_for_bit(tmp_path):
     went_on = torchrun("progressive", "fsdp", checkpoint, data, tmp_path / "parts", 1)
     assert went_on.returncode == 0, went_on.stderr[-2000:]
     assert fd.load(tmp_path / "parts").hash == fd.load(tmp_path / "whole").hash
+
+
+def test_what_is_gathered_by_itself():
+    """Our U-Net's blocks, inside of LoRA too; the entries of another's lists; nothing of DiT, which reaches into one."""
+    lora = pytest.importorskip("fastdiff.distill.lora")
+    pytest.importorskip("peft")
+    ours = [len(_blocks(net)) for net in (tiny.network(), lora.adapt(tiny.network(), 2))]
+    assert ours[0] == ours[1] > 1
+    assert len(_blocks(hub.unet())) > 1
+    assert _blocks(DiTTransformer2DModel(2, 8, in_channels=4, num_layers=1, sample_size=8, norm_num_groups=1)) == []
 
 
 def test_shares_need_processes(tmp_path):
