@@ -1,10 +1,11 @@
 """What `fd.fastest` is worth on this processor: the shipped U-Net in the variant that it chooses against torch's default.
 
-    python benches/cpu.py                              # batch 1 and 16, without and with compile=True; writes results/cpu.json
+    python benches/cpu.py                              # batch 1 and 16, on one thread and on all, without and with compile=True
     python benches/cpu.py --busy --out out/cpu.json    # even on a busy machine
 
-After the choice both are timed anew, in turns, the order turned around every other round: the median of the rounds' ratios. BARS
-are printed beside them. `images` is how far the samples of 8 calls lie apart (root mean square; pixels from -1 to 1).
+It writes results/cpu.json. After the choice both are timed anew, in turns, the order turned around every other round: the median of
+the rounds' ratios. BARS are printed beside them. `images` is how far the samples of 8 calls lie apart (root mean square; pixels from
+-1 to 1).
 """
 
 from __future__ import annotations
@@ -66,17 +67,17 @@ def measure(batch: int, rounds: int, compile: bool) -> dict[str, Any]:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--rounds", type=int, default=40)
-    options.add_argument("--threads", type=int, default=max(1, (os.cpu_count() or 2) // 2))
+    options.add_argument("--threads", type=int, nargs="+", default=sorted({1, os.cpu_count() or 1}))
     options.add_argument("--busy", action="store_true", help="measure even on a busy machine")
     options.add_argument("--out", type=Path, default=HERE / "results" / "cpu.json")
     given = options.parse_args()
     load = os.getloadavg()[0]
     if load > MOST_LOAD and not given.busy:
         sys.exit(f"the load average is {load:.2f}: timings would say nothing. Wait until it is below {MOST_LOAD}, or give --busy")
-    torch.set_num_threads(given.threads)
     results = {}
-    for batch, compile in itertools.product(BARS, (False, True)):
-        how = f"batch {batch}{', compile asked for' if compile else ''}"
+    for threads, batch, compile in itertools.product(given.threads, BARS, (False, True)):
+        torch.set_num_threads(threads)
+        how = f"batch {batch}, threads {threads}{', compile asked for' if compile else ''}"
         found = results[how] = measure(batch, given.rounds, compile)
         print(f"{how}: {found['chosen']}, {found['ratio']:.2f} times torch's default (bar {BARS[batch]})", flush=True)
     setting = {"rounds": given.rounds, "bars": BARS, "load": load}
