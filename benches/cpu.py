@@ -3,9 +3,9 @@
     python benches/cpu.py                              # batch 1 and 16, on one thread and on all, without and with compile=True
     python benches/cpu.py --busy --out out/cpu.json    # even on a busy machine
 
-It writes results/cpu.json. After the choice both are timed anew, in turns, the order turned around every other round: the median of
-the rounds' ratios. BARS are printed beside them. `images` is how far the samples of 8 calls lie apart (root mean square; pixels from
--1 to 1).
+It writes results/cpu.json. After the choice both are timed anew, in turns, the order turned around every other round: the median
+of the rounds' ratios. BARS are printed beside them. `images` is how far the samples of 8 calls lie apart (root mean square; pixels
+from -1 to 1).
 """
 
 from __future__ import annotations
