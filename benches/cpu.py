@@ -4,8 +4,7 @@
     python benches/cpu.py --busy --out out/cpu.json    # even on a busy machine
 
 It writes results/cpu.json. After the choice both are timed anew, in turns, the order turned around every other round: the median
-of the rounds' ratios. BARS are printed beside them. `images` is how far the samples of 8 calls lie apart (root mean square; pixels
-from -1 to 1).
+of the rounds' ratios, beside BARS. `images` is how far the samples of 8 calls lie apart (root mean square; pixels from -1 to 1).
 """
 
 from __future__ import annotations
