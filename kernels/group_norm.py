@@ -19,6 +19,7 @@ from ..errors import FastdiffError
 from .availability import missing_triton
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+GRID = 65_535  # programs on the second and third axis of a launch
 
 
 class Norm(NamedTuple):  # made at every call: a frozen dataclass takes 3 us
@@ -113,6 +114,8 @@ def why_not(x: Tensor, norm: Norm) -> str | None:
     # offsets inside a sample are 32 bits, in x and in the dense results
     if max(sum((n - 1) * step for n, step in zip(x.shape[1:], x.stride()[1:], strict=True)), x[0].numel()) >= 2**31:
         return "one sample spans 2^31 elements or more"
+    if max(x.shape[:2]) > GRID:
+        return f"a launch takes {GRID:,} samples and channels; given {x.shape[0]:,} and {x.shape[1]:,}"
     return None
 
 

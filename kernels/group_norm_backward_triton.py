@@ -7,13 +7,15 @@ A group that fits on chip reads x and dy once; a larger one is split as in the f
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .group_norm import Norm, flat, like
-from .group_norm_triton import ONE_READ_BACKWARD, Split, aligned, at, before_activation, gain_offset, on_chip, tile
+from .group_norm_triton import ONE_READ_BACKWARD, Split, aligned, at, before_activation, gain_offset, tile
 
 
 @triton.jit
@@ -50,48 +52,45 @@ def one_read_backward(
 
 @triton.jit
 def sums(
-    x, dy, weight, bias, scale, shift, mean_in, rstd_in, p_out, q_out, channels, groups, positions, splits, tiles,
+    x, dy, weight, bias, scale, shift, mean_in, rstd_in, p_out, q_out, channels, groups, positions,
     xb, xc, xs, yb, yc, ys, scale_row, shift_row, SILU: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    ALL_C: tl.constexpr, ALL_S: tl.constexpr,
 ):  # fmt: skip
-    """p and q of each channel over a split of `tiles` tiles, into (B, C, splits)."""
-    b, c, split = tile(tl.program_id(0), channels, splits, BLOCK_C)
-    inside = c < channels
+    """p and q of each channel over a tile's positions, into (B, C, parts)."""
+    b, c, s, inside, mask = tile(channels, positions, BLOCK_C, BLOCK_S, ALL_C, ALL_S)
     group = b * groups + c // (channels // groups)
     mean, rstd = tl.load(mean_in + group, inside, other=0.0), tl.load(rstd_in + group, inside, other=0.0)
     gain, offset = gain_offset(b, c, inside, weight, bias, scale, shift, scale_row, shift_row)
-    p, q = tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
-    for i in range(tiles):
-        s = (split * tiles + i) * BLOCK_S + tl.arange(0, BLOCK_S)
-        mask = inside[:, None] & (s < positions)[None, :]
-        v = tl.load(x + b * xb + at(c, s, xc, xs), mask, other=0.0).to(tl.float32)
-        v = (v - mean[:, None]) * rstd[:, None]
-        dz = tl.load(dy + b * yb + at(c, s, yc, ys), mask, other=0.0).to(tl.float32)
-        dz = before_activation(dz, v * gain[:, None] + offset[:, None], SILU)
-        p += tl.sum(dz, 1)
-        q += tl.sum(dz * v, 1)
-    out = (b * channels + c) * splits + split
-    tl.store(p_out + out, p, inside)
-    tl.store(q_out + out, q, inside)
+    v = tl.load(x + b * xb + at(c, s, xc, xs), mask, other=0.0).to(tl.float32)
+    v = (v - mean[:, None]) * rstd[:, None]
+    dz = tl.load(dy + b * yb + at(c, s, yc, ys), mask, other=0.0).to(tl.float32)
+    dz = before_activation(dz, v * gain[:, None] + offset[:, None], SILU)
+    out = (b * channels + c) * tl.num_programs(0) + tl.program_id(0)
+    tl.store(p_out + out, tl.sum(dz, 1), inside)
+    tl.store(q_out + out, tl.sum(dz * v, 1), inside)
 
 
 @triton.jit
 def totals(
-    p_in, q_in, weight, bias, scale, shift, p_out, q_out, group_p, group_q, groups, per_group, positions, splits,
-    scale_row, shift_row, BLOCK_C: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
+    p_in, q_in, weight, bias, scale, shift, p_out, q_out, group_p, group_q, groups, per_group, positions, parts,
+    scale_row, shift_row, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program a (sample, group): p and q of each channel over the splits, and the group's means of gain p and gain q."""
+    """One program a (sample, group): p and q of each channel over the parts, and the group's means of gain p and gain q."""
     pid = tl.program_id(0)
     b, first = (pid // groups).to(tl.int64), (pid % groups) * per_group
     start = pid.to(tl.int64) * per_group
-    split = tl.arange(0, BLOCK_SPLITS)
     gp, gq = tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
     for done in range(0, per_group, BLOCK_C):
         row = done + tl.arange(0, BLOCK_C)
         inside = row < per_group
         gain, _ = gain_offset(b, first + row, inside, weight, bias, scale, shift, scale_row, shift_row)
-        held = ((start + row) * splits)[:, None] + split[None, :]
-        mask = inside[:, None] & (split < splits)[None, :]
-        p, q = tl.sum(tl.load(p_in + held, mask, other=0.0), 1), tl.sum(tl.load(q_in + held, mask, other=0.0), 1)
+        p, q = tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
+        for past in range(0, parts, BLOCK):
+            part = past + tl.arange(0, BLOCK)
+            held = ((start + row) * parts)[:, None] + part[None, :]
+            mask = inside[:, None] & (part < parts)[None, :]
+            p += tl.sum(tl.load(p_in + held, mask, other=0.0), 1)
+            q += tl.sum(tl.load(q_in + held, mask, other=0.0), 1)
         tl.store(p_out + start + row, p, inside)
         tl.store(q_out + start + row, q, inside)
         gp += gain * p  # p and q are zero where gain is not masked
@@ -103,13 +102,12 @@ def totals(
 
 @triton.jit
 def apply_backward(
-    x, dy, dtotal, weight, bias, scale, shift, mean_in, rstd_in, group_p, group_q, dx, channels, groups, positions, tiles,
+    x, dy, dtotal, weight, bias, scale, shift, mean_in, rstd_in, group_p, group_q, dx, channels, groups, positions,
     xb, xc, xs, yb, yc, ys, scale_row, shift_row, SILU: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    ALL_C: tl.constexpr, ALL_S: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of channels and positions: dx from the group's means."""
-    b, c, part = tile(tl.program_id(0), channels, tiles, BLOCK_C)
-    inside, s = c < channels, part * BLOCK_S + tl.arange(0, BLOCK_S)
-    mask = inside[:, None] & (s < positions)[None, :]
+    b, c, s, inside, mask = tile(channels, positions, BLOCK_C, BLOCK_S, ALL_C, ALL_S)
     group = b * groups + c // (channels // groups)
     mean, rstd = tl.load(mean_in + group, inside, other=0.0), tl.load(rstd_in + group, inside, other=0.0)
     p, q = tl.load(group_p + group, inside, other=0.0), tl.load(group_q + group, inside, other=0.0)
@@ -122,6 +120,13 @@ def apply_backward(
     if dtotal is not None:
         out += tl.load(dtotal + b * yb + at(c, s, yc, ys), mask, other=0.0).to(tl.float32)
     tl.store(dx + b * yb + at(c, s, yc, ys), out.to(dx.dtype.element_ty), mask)
+
+
+def on_chip(per_group: int, positions: int, limit: int) -> dict[str, Any] | None:
+    """Block sizes and warps of the kernel that reads a group once; None where it does not fit."""
+    block_c, block_s = triton.next_power_of_2(per_group), triton.next_power_of_2(positions)
+    size = block_c * block_s
+    return {"BLOCK_C": block_c, "BLOCK_S": block_s, "num_warps": min(max(size // 512, 1), 16)} if size <= limit else None
 
 
 def backward(
@@ -138,27 +143,27 @@ def backward(
     affine, rows = (norm.weight, norm.bias, norm.scale, norm.shift), norm.rows
     per_group = channels // norm.groups
     strides = (*v.stride(), *out.stride())
-    if blocks := on_chip(per_group, positions, ONE_READ_BACKWARD if aligned(v, out, *given) else ONE_READ_BACKWARD // 2):
+    wide = aligned(v, out, *given)
+    if blocks := on_chip(per_group, positions, ONE_READ_BACKWARD if wide else ONE_READ_BACKWARD // 2):
         one_read_backward[(batch * norm.groups,)](
             v, *given, *affine, mean, rstd, dx, p, q, norm.groups, per_group, positions, *strides, *rows, SILU=norm.silu,
             **blocks,
         )  # fmt: skip
         return dx, p, q
     cut = Split.of(channels, positions, v.stride(1) == 1)
-    space = torch.empty(2, batch, channels, cut.splits, dtype=torch.float32, device=x.device)
+    grid, blocks = cut.grid(batch), cut.blocks(wide)
+    space = torch.empty(2, batch, channels, grid[0], dtype=torch.float32, device=x.device)
     group_p, group_q = torch.empty(2, batch, norm.groups, dtype=torch.float32, device=x.device)
-    blocks_c = triton.cdiv(channels, cut.block_c)
-    sums[(batch * blocks_c * cut.splits,)](
-        v, given[0], *affine, mean, rstd, space[0], space[1], channels, norm.groups, positions, cut.splits, cut.tiles, *strides,
-        *rows, SILU=norm.silu, **cut.blocks,
+    sums[grid](
+        v, given[0], *affine, mean, rstd, space[0], space[1], channels, norm.groups, positions, *strides, *rows, SILU=norm.silu,
+        **blocks,
     )  # fmt: skip
     totals[(batch * norm.groups,)](
-        space[0], space[1], *affine, p, q, group_p, group_q, norm.groups, per_group, positions, cut.splits, *rows, BLOCK_C=16,
-        BLOCK_SPLITS=triton.next_power_of_2(cut.splits),
+        space[0], space[1], *affine, p, q, group_p, group_q, norm.groups, per_group, positions, grid[0], *rows, BLOCK_C=16,
+        BLOCK=min(triton.next_power_of_2(grid[0]), 64),
     )  # fmt: skip
-    parts = triton.cdiv(positions, cut.block_s)
-    apply_backward[(batch * blocks_c * parts,)](
-        v, *given, *affine, mean, rstd, group_p, group_q, dx, channels, norm.groups, positions, parts, *strides, *rows,
-        SILU=norm.silu, **cut.blocks,
+    apply_backward[grid](
+        v, *given, *affine, mean, rstd, group_p, group_q, dx, channels, norm.groups, positions, *strides, *rows, SILU=norm.silu,
+        **blocks,
     )  # fmt: skip
     return dx, p, q

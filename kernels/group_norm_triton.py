@@ -1,10 +1,13 @@
 """The Triton kernels of the GroupNorm family and their launchers; imported only where triton is.
 
 Every tensor is seen as (batch, channel, position) with three strides, so one kernel serves NCHW, channels-last, video and sliced
-inputs. A group that fits on chip is read once (`one_read`). A larger one is split over positions: `moments` leaves a mean and a
-sum of squared deviations per channel and split, `combine` joins them in a fixed order, `apply` normalises. No atomics, and no
-choice depends on the batch size: a sample's result is bit-equal alone and among others. Statistics are two-pass in float32;
-pairs are joined by Chan, Golub and LeVeque (1979), eq. 2.1.
+inputs. A group that fits on chip is read once (`one_read`). A larger one is split into tiles of channels and positions:
+`moments` leaves a mean and a sum of squared deviations per channel and tile, `combine` joins them in a fixed order, `apply`
+normalises. No atomics, and no choice depends on the batch size: a sample's result is bit-equal alone and among others.
+Statistics are two-pass in float32; pairs are joined by Chan, Golub and LeVeque (1979), eq. 2.1.
+
+In half precision an H200 moves an element of one_read in the time in which it issues 32 instructions, so these kernels count
+them: benches/README.md says how many, tests/kernels holds them to it.
 """
 
 from __future__ import annotations
@@ -19,10 +22,10 @@ from torch import Tensor
 
 from .group_norm import Norm, flat, like
 
-TILE = 4096  # elements a program of a split kernel holds at once: 32 a thread with 4 warps
-ONE_READ = 16384  # the largest padded group kept on chip, 32 values a thread: 32768 spills on sm_80, 90 and 100
+TILE = 4096  # elements a program of a split kernel holds: 32 a thread with 4 warps
+ONE_READ = 20480  # the largest padded group kept on chip, 40 values a thread: 32768 spills on sm_80, 90 and 100
+ONE_READ_LAST = 16384  # the same in channels-last, where addresses take more: 20480 spills
 ONE_READ_BACKWARD = 8192  # two tensors are held: 16384 spills
-MAX_SPLITS = 64
 
 
 @triton.jit
@@ -48,6 +51,17 @@ def at(c, s, stride_c, stride_s):
 
 
 @triton.jit
+def existing(c, s, channels, positions, ALL_C: tl.constexpr, ALL_S: tl.constexpr):
+    """Which elements of a tile exist. Where all channels or all positions are known to, nothing is asked of each element."""
+    mask = tl.full((c.shape[0], s.shape[0]), True, tl.int1)
+    if not ALL_C:
+        mask = mask & (c < channels)[:, None]
+    if not ALL_S:
+        mask = mask & (s < positions)[None, :]
+    return mask
+
+
+@triton.jit
 def load_sum(x, residual, total, c, s, xc, xs, rc, rs, yc, ys, mask):
     """x, or x + residual rounded to x's dtype and stored: the statistics are those of the sum that is returned."""
     v = tl.load(x + at(c, s, xc, xs), mask, other=0.0).to(tl.float32)
@@ -60,8 +74,16 @@ def load_sum(x, residual, total, c, s, xc, xs, rc, rs, yc, ys, mask):
 
 
 @triton.jit
-def activated(v, SILU: tl.constexpr):
-    return v * tl.sigmoid(v) if SILU else v
+def activated(v, y, SILU: tl.constexpr):
+    """What is stored in y: SiLU of v, or v. In half precision the sigmoid is a square, to 2e-7 of itself in 6 instructions: the
+    division and the exponential of denormals would cost 7 more."""
+    if SILU:
+        if y.dtype.element_ty == tl.float32:
+            v *= tl.sigmoid(v)
+        else:
+            root = tl.rsqrt(1.0 + tl.exp2(v * -1.4426950408889634))
+            v *= root * root
+    return v
 
 
 @triton.jit
@@ -76,150 +98,188 @@ def before_activation(dy, v, SILU: tl.constexpr):
 @triton.jit
 def one_read(
     x, residual, weight, bias, scale, shift, y, total, mean_out, rstd_out,
-    groups, per_group, positions, eps, xb, xc, xs, rb, rc, rs, yb, yc, ys, scale_row, shift_row,
-    SILU: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    groups, positions, eps, xb, xc, xs, rb, rc, rs, yb, yc, ys, scale_row, shift_row,
+    SILU: tl.constexpr, CHANNELS: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, BLOCK_S: tl.constexpr, ALL_S: tl.constexpr,
 ):  # fmt: skip
-    """One program a (sample, group): 1 read, 1 write."""
+    """One program a (sample, group), its CHANNELS in one or two parts: 1 read, 1 write."""
     pid = tl.program_id(0)
-    b, first = (pid // groups).to(tl.int64), (pid % groups) * per_group
-    row, s = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_S)
-    inside = row < per_group
-    mask = inside[:, None] & (s < positions)[None, :]
-    start = first.to(tl.int64)
+    b, first = (pid // groups).to(tl.int64), (pid % groups) * CHANNELS
+    s, start = tl.arange(0, BLOCK_S), first.to(tl.int64)
     x += b * xb + start * xc
     y += b * yb + start * yc
     if residual is not None:
         residual += b * rb + start * rc
         total += b * yb + start * yc
-    v = load_sum(x, residual, total, row, s, xc, xs, rc, rs, yc, ys, mask)
-    count = (per_group * positions).to(tl.float32)
-    mean = tl.sum(tl.sum(v, 1), 0) / count
-    v = tl.where(mask, v - mean, 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(tl.sum(v * v, 1), 0) / count + eps)
+    c0, c1 = tl.arange(0, C0), C0 + tl.arange(0, C1 or 1)
+    inside0, inside1 = c0 < CHANNELS, c1 < CHANNELS
+    mask0 = existing(c0, s, CHANNELS, positions, C0 <= CHANNELS, ALL_S)
+    mask1 = existing(c1, s, CHANNELS, positions, C0 + C1 <= CHANNELS, ALL_S)
+    count = (CHANNELS * positions).to(tl.float32)
+    v0 = load_sum(x, residual, total, c0, s, xc, xs, rc, rs, yc, ys, mask0)
+    mean, v1 = tl.sum(v0), v0
+    if C1:
+        v1 = load_sum(x, residual, total, c1, s, xc, xs, rc, rs, yc, ys, mask1)
+        mean += tl.sum(v1)
+    mean /= count
+    v0 = tl.where(mask0, v0 - mean, 0.0)
+    square = tl.sum(v0 * v0)
+    if C1:
+        v1 = tl.where(mask1, v1 - mean, 0.0)
+        square += tl.sum(v1 * v1)
+    rstd = 1.0 / tl.sqrt(square / count + eps)
     tl.store(mean_out + pid, mean)
     tl.store(rstd_out + pid, rstd)
-    gain, offset = gain_offset(b, first + row, inside, weight, bias, scale, shift, scale_row, shift_row)
-    v = activated(v * (rstd * gain)[:, None] + offset[:, None], SILU)
-    tl.store(y + at(row, s, yc, ys), v.to(y.dtype.element_ty), mask)
+    gain, offset = gain_offset(b, first + c0, inside0, weight, bias, scale, shift, scale_row, shift_row)
+    v0 = activated(v0 * (rstd * gain)[:, None] + offset[:, None], y, SILU)
+    tl.store(y + at(c0, s, yc, ys), v0.to(y.dtype.element_ty), mask0)
+    if C1:
+        gain, offset = gain_offset(b, first + c1, inside1, weight, bias, scale, shift, scale_row, shift_row)
+        v1 = activated(v1 * (rstd * gain)[:, None] + offset[:, None], y, SILU)
+        tl.store(y + at(c1, s, yc, ys), v1.to(y.dtype.element_ty), mask1)
 
 
 @triton.jit
-def tile(pid, channels, splits, BLOCK_C: tl.constexpr):
-    """Of a split kernel's program: its sample, its channels and its split."""
-    blocks = tl.cdiv(channels, BLOCK_C)
-    split, rest = pid % splits, pid // splits
-    return (rest // blocks).to(tl.int64), (rest % blocks) * BLOCK_C + tl.arange(0, BLOCK_C), split
+def tile(channels, positions, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ALL_C: tl.constexpr, ALL_S: tl.constexpr):
+    """Of a split kernel's program (part, block of channels, sample): its sample, channels and positions, and which exist."""
+    b = tl.program_id(2).to(tl.int64)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+    return b, c, s, c < channels, existing(c, s, channels, positions, ALL_C, ALL_S)
 
 
 @triton.jit
 def moments(
-    x, residual, total, means, squares, channels, positions, splits, tiles, xb, xc, xs, rb, rc, rs, yb, yc, ys,
-    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    x, residual, total, means, squares, channels, positions, xb, xc, xs, rb, rc, rs, yb, yc, ys,
+    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ALL_C: tl.constexpr, ALL_S: tl.constexpr,
 ):  # fmt: skip
-    """Mean and sum of squared deviations of each channel over a split of `tiles` tiles, into (B, C, splits)."""
-    b, c, split = tile(tl.program_id(0), channels, splits, BLOCK_C)
-    inside = c < channels
+    """Mean and sum of squared deviations of each channel over a tile's positions, into (B, C, parts)."""
+    b, c, s, inside, mask = tile(channels, positions, BLOCK_C, BLOCK_S, ALL_C, ALL_S)
+    part = tl.program_id(0)
     x += b * xb
     if residual is not None:
         residual += b * rb
         total += b * yb
-    mean, square = tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
-    seen = 0.0
-    for i in range(tiles):
-        first = (split * tiles + i) * BLOCK_S
-        s = first + tl.arange(0, BLOCK_S)
-        mask = inside[:, None] & (s < positions)[None, :]
-        v = load_sum(x, residual, total, c, s, xc, xs, rc, rs, yc, ys, mask)
-        count = tl.maximum(tl.minimum(positions - first, BLOCK_S), 0).to(tl.float32)
-        here_mean = tl.sum(v, 1) / tl.maximum(count, 1.0)
-        v = tl.where(mask, v - here_mean[:, None], 0.0)
-        both = tl.maximum(seen + count, 1.0)
-        apart = here_mean - mean
-        square += tl.sum(v * v, 1) + apart * apart * (seen * count / both)
-        mean += apart * (count / both)
-        seen += count
-    out = (b * channels + c) * splits + split
+    v = load_sum(x, residual, total, c, s, xc, xs, rc, rs, yc, ys, mask)
+    mean = tl.sum(v, 1) / tl.minimum(positions - part * BLOCK_S, BLOCK_S).to(tl.float32)
+    v = tl.where(mask, v - mean[:, None], 0.0)
+    out = (b * channels + c) * tl.num_programs(0) + part
     tl.store(means + out, mean, inside)
-    tl.store(squares + out, square, inside)
+    tl.store(squares + out, tl.sum(v * v, 1), inside)
 
 
 @triton.jit
-def combine(means, squares, mean_out, rstd_out, per_group, positions, splits, chunk, eps, BLOCK: tl.constexpr):
-    """One program a (sample, group): its channels' and splits' moments to mean and 1 / standard deviation, in order."""
+def combine(
+    means, squares, weight, bias, scale, shift, mean_out, rstd_out, center, factor, offset_out, groups, per_group, positions,
+    parts, chunk, eps, scale_row, shift_row, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One program a (sample, group): its channels' and parts' moments to mean and 1 / standard deviation, in order; and what
+    `apply` needs of each channel, into (B, C)."""
     pid = tl.program_id(0)
-    start = pid.to(tl.int64) * per_group * splits
-    size, count = per_group * splits, (per_group * positions).to(tl.float32)
+    b, first = (pid // groups).to(tl.int64), (pid % groups) * per_group
+    row = pid.to(tl.int64) * per_group
+    size, count = per_group * parts, (per_group * positions).to(tl.float32)
     weighted = tl.zeros((BLOCK,), tl.float32)
-    for first in range(0, size, BLOCK):
-        i = first + tl.arange(0, BLOCK)
-        held = tl.maximum(tl.minimum(positions - (i % splits) * chunk, chunk), 0).to(tl.float32)
-        weighted += held * tl.load(means + start + i, i < size, other=0.0)
+    for done in range(0, size, BLOCK):
+        i = done + tl.arange(0, BLOCK)
+        held = tl.minimum(positions - (i % parts) * chunk, chunk).to(tl.float32)
+        weighted += held * tl.load(means + row * parts + i, i < size, other=0.0)
     mean = tl.sum(weighted, 0) / count
     square = tl.zeros((BLOCK,), tl.float32)
-    for first in range(0, size, BLOCK):
-        i = first + tl.arange(0, BLOCK)
-        held = tl.maximum(tl.minimum(positions - (i % splits) * chunk, chunk), 0).to(tl.float32)
-        apart = tl.load(means + start + i, i < size, other=0.0) - mean
-        square += tl.where(i < size, tl.load(squares + start + i, i < size, other=0.0) + held * apart * apart, 0.0)
+    for done in range(0, size, BLOCK):
+        i = done + tl.arange(0, BLOCK)
+        held = tl.minimum(positions - (i % parts) * chunk, chunk).to(tl.float32)
+        apart = tl.load(means + row * parts + i, i < size, other=0.0) - mean
+        square += tl.where(i < size, tl.load(squares + row * parts + i, i < size, other=0.0) + held * apart * apart, 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(square, 0) / count + eps)
     tl.store(mean_out + pid, mean)
-    tl.store(rstd_out + pid, 1.0 / tl.sqrt(tl.sum(square, 0) / count + eps))
+    tl.store(rstd_out + pid, rstd)
+    for done in range(0, per_group, BLOCK_C):
+        c = done + tl.arange(0, BLOCK_C)
+        inside = c < per_group
+        gain, offset = gain_offset(b, first + c, inside, weight, bias, scale, shift, scale_row, shift_row)
+        tl.store(center + row + c, tl.full(c.shape, 0.0, tl.float32) + mean, inside)
+        tl.store(factor + row + c, rstd * gain, inside)
+        tl.store(offset_out + row + c, offset, inside)
 
 
 @triton.jit
 def apply(
-    x, weight, bias, scale, shift, y, mean_in, rstd_in, channels, groups, positions, tiles, xb, xc, xs, yb, yc, ys,
-    scale_row, shift_row, SILU: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    x, y, center, factor, offset, channels, positions, xb, xc, xs, yb, yc, ys,
+    SILU: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ALL_C: tl.constexpr, ALL_S: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of channels and positions: the second read, and the write."""
-    b, c, part = tile(tl.program_id(0), channels, tiles, BLOCK_C)
-    inside, s = c < channels, part * BLOCK_S + tl.arange(0, BLOCK_S)
-    mask = inside[:, None] & (s < positions)[None, :]
-    group = b * groups + c // (channels // groups)
-    mean, rstd = tl.load(mean_in + group, inside, other=0.0), tl.load(rstd_in + group, inside, other=0.0)
-    gain, offset = gain_offset(b, c, inside, weight, bias, scale, shift, scale_row, shift_row)
+    b, c, s, inside, mask = tile(channels, positions, BLOCK_C, BLOCK_S, ALL_C, ALL_S)
+    row = b * channels + c
     v = tl.load(x + b * xb + at(c, s, xc, xs), mask, other=0.0).to(tl.float32)
-    v = activated((v - mean[:, None]) * (rstd * gain)[:, None] + offset[:, None], SILU)
+    v = (v - tl.load(center + row, inside)[:, None]) * tl.load(factor + row, inside)[:, None]
+    v = activated(v + tl.load(offset + row, inside)[:, None], y, SILU)
     tl.store(y + b * yb + at(c, s, yc, ys), v.to(y.dtype.element_ty), mask)
 
 
 @dataclass(frozen=True)
 class Split:
-    """How a large group is cut; from one sample's shape and layout alone."""
+    """How a large group of (B, channels, positions) is cut into tiles; from one sample's shape and layout alone."""
 
+    channels: int
+    positions: int
     block_c: int
     block_s: int
-    splits: int  # partial results a channel
-    tiles: int  # tiles a split
 
     @classmethod
     def of(cls, channels: int, positions: int, channels_last: bool) -> Split:
-        along, across = (channels, positions) if channels_last else (positions, channels)
-        # the contiguous axis takes 64 channels or 1024 positions of a tile, and the other what is left of it
-        wide = min(triton.next_power_of_2(along), 64 if channels_last else 1024)
-        high = min(triton.next_power_of_2(across), TILE // wide)
-        block_c, block_s = (wide, high) if channels_last else (high, wide)
-        parts = triton.cdiv(positions, block_s)
-        tiles = triton.cdiv(parts, MAX_SPLITS)
-        return cls(block_c, block_s, triton.cdiv(parts, tiles), tiles)
+        """The contiguous axis takes 64 channels or all of a tile's positions, and the other what is left of the tile: a sum
+        over the positions of one channel needs fewer exchanges between threads than sums of several."""
+        if channels_last:
+            block_c = min(triton.next_power_of_2(channels), 64)
+            return cls(channels, positions, block_c, min(triton.next_power_of_2(positions), TILE // block_c))
+        block_s = min(triton.next_power_of_2(positions), TILE)
+        return cls(channels, positions, min(triton.next_power_of_2(channels), TILE // block_s), block_s)
 
-    @property
-    def blocks(self) -> dict[str, Any]:
-        return {"BLOCK_C": self.block_c, "BLOCK_S": self.block_s, "num_warps": max(1, self.block_c * self.block_s // 1024)}
+    def blocks(self, wide: bool) -> dict[str, Any]:
+        """wide: what is loaded is `aligned`; if not, addresses take the registers of half the elements."""
+        warps = self.block_c * self.block_s // (1024 if wide else 512)
+        return {
+            "BLOCK_C": self.block_c, "BLOCK_S": self.block_s, "ALL_C": self.channels % self.block_c == 0,
+            "ALL_S": self.positions % self.block_s == 0, "num_warps": max(1, warps),
+        }  # fmt: skip
+
+    def grid(self, batch: int) -> tuple[int, int, int]:
+        """Programs: parts of the positions, blocks of channels, samples."""
+        return triton.cdiv(self.positions, self.block_s), triton.cdiv(self.channels, self.block_c), batch
 
 
 def aligned(*tensors: Tensor | None) -> bool:
-    """Whether Triton can load 16 bytes at a time; if not, addresses take the registers of half the group."""
+    """Whether Triton can load 16 bytes of (B, C, positions) at a time, and need not look at each element's place."""
     given = [v for v in tensors if v is not None]
-    return all(v.data_ptr() % 16 == 0 and all(n == 1 or n % 16 == 0 for n in v.stride()) for v in given)
+    along = given[0].shape[1] if given[0].stride(1) == 1 else given[0].shape[2]
+    return along % 16 == 0 and all(v.data_ptr() % 16 == 0 and all(n == 1 or n % 16 == 0 for n in v.stride()) for v in given)
+
+
+def parts(channels: int) -> tuple[int, int]:
+    """A group's channels as one or two powers of two that hold them with the fewest empty places: 10 = 8 + 2, 40 = 32 + 8."""
+    whole = triton.next_power_of_2(channels)
+    half = whole // 2
+    rest = triton.next_power_of_2(max(channels - half, 1))
+    return (half, rest) if half + rest < whole else (whole, 0)
 
 
 def on_chip(per_group: int, positions: int, limit: int) -> dict[str, Any] | None:
-    """Block sizes and warps of the kernel that reads a group once; None where it does not fit."""
-    block_c, block_s = triton.next_power_of_2(per_group), triton.next_power_of_2(positions)
-    size = block_c * block_s
+    """Block sizes and warps of the kernel that reads a group once, 40 elements a thread at most; None where it does not fit."""
+    c0, c1 = parts(per_group)
+    block_s = triton.next_power_of_2(positions)
+    size = (c0 + c1) * block_s
     if size > limit:
         return None
-    return {"BLOCK_C": block_c, "BLOCK_S": block_s, "num_warps": min(max(size // 512, 1), 16)}
+    return {
+        "CHANNELS": per_group, "C0": c0, "C1": c1, "BLOCK_S": block_s, "ALL_S": block_s == positions,
+        "num_warps": min(triton.next_power_of_2(triton.cdiv(size, 1280)), 16),
+    }  # fmt: skip
+
+
+def most(v: Tensor, *others: Tensor | None) -> int:
+    """The largest padded group of v that is read once."""
+    limit = ONE_READ_LAST if v.stride(1) == 1 else ONE_READ
+    return limit if aligned(v, *others) else min(limit, ONE_READ_LAST // 2)
 
 
 def forward(x: Tensor, norm: Norm, residual: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
@@ -236,26 +296,24 @@ def forward(x: Tensor, norm: Norm, residual: Tensor | None = None) -> tuple[Tens
     rows = norm.rows
     strides_r = r.stride() if r is not None else (0, 0, 0)
     per_group = channels // norm.groups
-    if blocks := on_chip(per_group, positions, ONE_READ if aligned(v, r, out) else ONE_READ // 2):
+    if blocks := on_chip(per_group, positions, most(v, r, out)):
         one_read[(batch * norm.groups,)](
-            v, r, *affine, y, total, mean, rstd, norm.groups, per_group, positions, norm.eps, *v.stride(), *strides_r,
+            v, r, *affine, y, total, mean, rstd, norm.groups, positions, norm.eps, *v.stride(), *strides_r,
             *out.stride(), *rows, SILU=norm.silu, **blocks,
         )  # fmt: skip
         return y, total, mean, rstd
     cut = Split.of(channels, positions, v.stride(1) == 1)
-    space = torch.empty(2, batch, channels, cut.splits, dtype=torch.float32, device=x.device)
-    blocks_c = triton.cdiv(channels, cut.block_c)
-    moments[(batch * blocks_c * cut.splits,)](
-        v, r, total, space[0], space[1], channels, positions, cut.splits, cut.tiles, *v.stride(), *strides_r, *out.stride(),
-        **cut.blocks,
-    )  # fmt: skip
+    grid = cut.grid(batch)
+    space = torch.empty(2 * grid[0] + 3, batch, channels, dtype=torch.float32, device=x.device)
+    means, squares, *per_channel = space[0], space[grid[0]], *space[2 * grid[0] :]
+    blocks = cut.blocks(aligned(v, r, out))
+    moments[grid](v, r, total, means, squares, channels, positions, *v.stride(), *strides_r, *out.stride(), **blocks)
     combine[(batch * norm.groups,)](
-        space[0], space[1], mean, rstd, per_group, positions, cut.splits, cut.tiles * cut.block_s, norm.eps, BLOCK=1024
-    )
+        means, squares, *affine, mean, rstd, *per_channel, norm.groups, per_group, positions, grid[0], cut.block_s, norm.eps,
+        *rows, BLOCK=1024, BLOCK_C=128,
+    )  # fmt: skip
     source = v if total is None else flat(total)
-    parts = triton.cdiv(positions, cut.block_s)
-    apply[(batch * blocks_c * parts,)](
-        source, *affine, y, mean, rstd, channels, norm.groups, positions, parts, *source.stride(), *out.stride(), *rows,
-        SILU=norm.silu, **cut.blocks,
+    apply[grid](
+        source, y, *per_channel, channels, positions, *source.stride(), *out.stride(), SILU=norm.silu, **blocks
     )  # fmt: skip
     return y, total, mean, rstd

@@ -31,10 +31,18 @@ class Case:
     num_warps: int
     divisible: set[str]  # by 16, of which Triton makes a variant of its own
     num_stages: int = 3  # Triton's default
+    elements: int = 0  # of a thread, in a kernel without loops at a U-Net's site: its instructions are held to their number
 
 
-TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 ARCHITECTURES = (80, 90, 100)
+
+
+INSTRUCTION = r"/\*[0-9a-f]{4,}\*/ +(?!NOP)(?:@!?U?P\w+ +)?[A-Z]"  # at its address; what fills up the last lines is none
+
+
+def run(tool, *arguments):
+    return subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
 def paths(index, kind):
@@ -43,7 +51,7 @@ def paths(index, kind):
 
 
 def resources(case, architecture):
-    """Registers a thread, bytes of shared memory a program, and bytes of stack and local memory a thread: spills."""
+    """Registers a thread, bytes of shared memory a program, bytes of stack and local memory a thread (spills), instructions."""
     names = case.kernel.arg_names
     signature = {name: case.types.get(name, "constexpr") for name in names}
     fixed = {name: case.constants.get(name) for name in names if name not in case.types}
@@ -55,11 +63,12 @@ def resources(case, architecture):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        said = subprocess.run([TOOL, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+        said = run("cuobjdump", "--dump-resource-usage", file.name)
+        code = run("nvdisasm", "-c", file.name)
     found = {name: int(v) for name, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
     return {
         "registers": found["REG"], "spill": found["STACK"] + found["LOCAL"], "shared": compiled.metadata.shared,
-        "threads": 32 * case.num_warps,
+        "threads": 32 * case.num_warps, "elements": case.elements, "instructions": len(re.findall(INSTRUCTION, code)),
     }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What the launchers of the GroupNorm family ask the compiler for: (kernel, argument types, constants, warps)."""
+"""What the launchers of the GroupNorm family ask the compiler for."""
 
 from itertools import product
 
@@ -12,60 +12,83 @@ POINTERS = {
 }  # of the tensors' own dtype
 FLOATS = {
     "mean_out", "rstd_out", "mean_in", "rstd_in", "means", "squares", "p_out", "q_out", "p_in", "q_in", "group_p", "group_q",
+    "center", "factor", "offset", "offset_out",
 }  # fmt: skip
 STRIDES = {"xb", "xc", "xs", "rb", "rc", "rs", "yb", "yc", "ys"}
 OPTIONAL = {"residual", "weight", "bias", "scale", "shift", "total", "dtotal"}
-ONE_READ = {"one_read": forward.one_read, "one_read_backward": backward.one_read_backward}
+AT_A_SITE = {"residual", "scale", "shift", "total"}  # what benches/gpu_ops.py leaves out
+SIZES = {"positions", "channels"}
 SPLIT = {"moments": forward.moments, "apply": forward.apply, "sums": backward.sums, "apply_backward": backward.apply_backward}
 
 
-def case(name, kernel, dtype, channels_last, blocks, aligned=True, bare=False):
-    """A kernel with everything switched on, or bare: without what may be left out.
+def case(name, kernel, dtype, channels_last, blocks, aligned=True, without=(), site=False):
+    """A kernel with everything switched on but what it goes without. Aligned, the length of the contiguous axis is known to be
+    divisible by 16, and at a U-Net's site the other one's too.
 
     The contiguous stride is the constant 1, as Triton specialises it.
     """
     constants = {"SILU": True, **{k: v for k, v in blocks.items() if k != "num_warps"}}
+    constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
     types = {}
     for argument in kernel.arg_names:
-        if bare and argument in OPTIONAL:
+        if argument in without:
             constants[argument] = None
+        elif argument in FLOATS and not (argument == "offset" and kernel is not forward.apply):
+            types[argument] = "*fp32"
         elif argument in POINTERS:
             types[argument] = f"*{dtype}"
-        elif argument in FLOATS:
-            types[argument] = "*fp32"
         elif argument == "eps":
             types[argument] = "fp32"
         elif argument in (("xc", "rc", "yc") if channels_last else ("xs", "rs", "ys")):
             constants[argument] = 1
         elif argument not in constants:
             types[argument] = "i32"
-    layout = "nhwc" if channels_last else "nchw"
-    divisible = {n for n, kind in types.items() if aligned and (kind.startswith("*") or n in STRIDES)}
-    size = f"{blocks.get('BLOCK_C', 1)}x{blocks.get('BLOCK_S', blocks.get('BLOCK', 1))}"
-    title = f"{name} {dtype} {layout} {size}{' aligned' if aligned else ''}{' bare' if bare else ''}"
-    return Case(title, kernel, types, constants, blocks.get("num_warps", 4), divisible)
+    known = STRIDES | (SIZES if site else {"channels"} if channels_last else {"positions"})
+    divisible = {n for n, kind in types.items() if aligned and (kind.startswith("*") or n in known)}
+    channels = blocks["C0"] + blocks["C1"] if "C0" in blocks else blocks.get("BLOCK_C", 1)
+    positions = blocks.get("BLOCK_S", blocks.get("BLOCK", 1))
+    warps = blocks.get("num_warps", 4)
+    words = (name, dtype, "nhwc" if channels_last else "nchw", f"{channels}x{positions}", "aligned" * aligned,
+             "whole" * blocks.get("ALL_S", False), "site" * site, "bare" * (without == OPTIONAL))  # fmt: skip
+    elements = channels * positions // (32 * warps) if site else 0
+    return Case(" ".join(filter(None, words)), kernel, types, constants, warps, divisible, elements=elements)
+
+
+def sites():
+    """What benches/gpu_ops.py times, as it is launched there."""
+    for per_group, positions, channels_last in (
+        (40, 256, False), (80, 64, False), (20, 1024, False), (8, 256, False), (4, 1024, False), (40, 256, True), (80, 64, True),
+    ):  # fmt: skip
+        blocks = forward.on_chip(per_group, positions, forward.ONE_READ)
+        yield case("one_read", forward.one_read, "bf16", channels_last, blocks, without=AT_A_SITE, site=True)
+    for channels, positions, channels_last in ((320, 4096, False), (1280, 1024, False), (320, 4096, True)):
+        blocks = forward.Split.of(channels, positions, channels_last).blocks(True)
+        for name in ("moments", "apply"):
+            yield case(name, SPLIT[name], "bf16", channels_last, blocks, without=AT_A_SITE, site=True)
 
 
 def cases(everything):
+    yield from sites()
     dtypes = ("fp32", "bf16") if everything else ("bf16",)
+    one_read = {
+        "one_read": (forward.one_read, forward.on_chip, forward.ONE_READ, forward.ONE_READ_LAST),
+        "one_read_backward": (backward.one_read_backward, backward.on_chip, *2 * (backward.ONE_READ_BACKWARD,)),
+    }
     for dtype, channels_last in product(dtypes, (False, True) if everything else (False,)):
-        for name, kernel in ONE_READ.items():
-            limit = forward.ONE_READ if name == "one_read" else forward.ONE_READ_BACKWARD
-            shapes = [(16, limit // 16), (16, limit // 32)]
+        for name, (kernel, on_chip, limit, last) in one_read.items():
+            for most, aligned in ((last if channels_last else limit, True), (last // 2, False)):
+                for per_group in (1, 4, 5, 10, 16, 20, 30, 40, 64, 80) if everything else (16, 20):
+                    positions = [n for n in (2**k for k in range(15)) if on_chip(per_group, n, most)][-1]
+                    for blocks in (on_chip(per_group, n, most) for n in (positions, positions - 1)):
+                        yield case(name, kernel, dtype, channels_last, blocks, aligned=aligned)
+            yield case(name, kernel, dtype, channels_last, on_chip(4, 1024, limit), without=OPTIONAL)
+        shapes = [(320, 4096)] + ([(3, 70), (321, 4095), (1280, 1024)] if everything else [])
+        for (name, kernel), (channels, positions) in product(SPLIT.items(), shapes):
+            cut = forward.Split.of(channels, positions, channels_last)
+            yield case(name, kernel, dtype, channels_last, cut.blocks(True))
             if everything:
-                shapes += [(c, size // c) for size in (256, limit) for c in (1, 4, 64)]
-            for per_group, positions in dict.fromkeys(shapes):
-                blocks = forward.on_chip(per_group, positions, limit)
-                yield case(name, kernel, dtype, channels_last, blocks)
-                if per_group * positions < limit:
-                    yield case(name, kernel, dtype, channels_last, blocks, aligned=False)
-        shapes = [(320, 4096)] + ([(3, 70), (1280, 64)] if everything else [])
-        for name, kernel in SPLIT.items():
-            for channels, positions in shapes:
-                blocks = forward.Split.of(channels, positions, channels_last).blocks
-                yield case(name, kernel, dtype, channels_last, blocks)
-        for name, kernel in {**ONE_READ, **(SPLIT if everything else {})}.items():
-            yield case(name, kernel, dtype, channels_last, {"BLOCK_C": 4, "BLOCK_S": 1024, "num_warps": 4}, bare=True)
-    yield case("combine", forward.combine, "fp32", False, {"BLOCK": 1024})
-    for splits in (1, 8, 64) if everything else (64,):
-        yield case("totals", backward.totals, "bf16", False, {"BLOCK_C": 16, "BLOCK_SPLITS": splits})
+                yield case(name, kernel, dtype, channels_last, cut.blocks(False), aligned=False)
+                yield case(name, kernel, dtype, channels_last, cut.blocks(True), without=OPTIONAL)
+    yield case("combine", forward.combine, "bf16", False, {"BLOCK": 1024, "BLOCK_C": 128})
+    for parts in (1, 8, 64) if everything else (64,):
+        yield case("totals", backward.totals, "bf16", False, {"BLOCK_C": 16, "BLOCK": parts})

@@ -131,5 +131,13 @@ def test_why_not_says_where_the_kernels_run():
     assert m.why_not(torch.ones(2, 6), norm) == "the tensors are on cpu, the kernels run on NVIDIA GPUs"
 
 
+@pytest.mark.parametrize(("shape", "reason"), [((65_536, 3), "65,535 samples"), ((0, 3), "empty"), ((1, 3, 1, 2**30), "2^31")])
+def test_why_not_says_what_the_kernels_do_not_take(shape, reason, monkeypatch):
+    monkeypatch.setattr(m, "missing_triton", lambda device: None)
+    assert reason in m.why_not(torch.empty(1).expand(shape), m.Norm(3, None, None, 1e-5))
+    assert "float64" in m.why_not(torch.ones(1, 3).double(), m.Norm(3, None, None, 1e-5))
+    assert m.why_not(torch.ones(1, 3), m.Norm(3, None, None, 1e-5)) is None
+
+
 def test_an_empty_batch():
     assert fused.group_norm(torch.ones(0, 6, 4, 4), 3, None, None, 1e-5, None, None, True)[0].shape == (0, 6, 4, 4)
