@@ -27,10 +27,10 @@ from .attention_triton import here, interpreted, load, parts, product, store
 @triton.jit
 def halves(x, rows, steps, end, HEAD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
     """A tile in its head's two parts; with one part, that twice."""
-    x0 = load(x, rows, tl.arange(0, D0), steps[2], steps[3], end, HEAD, D0 <= HEAD)
+    x0 = load(x, rows, tl.arange(0, D0), steps, end, HEAD, False, D0 <= HEAD)
     x1 = x0
     if D1:
-        x1 = load(x, rows, D0 + tl.arange(0, D1), steps[2], steps[3], end, HEAD, D0 + D1 <= HEAD)
+        x1 = load(x, rows, D0 + tl.arange(0, D1), steps, end, HEAD, False, D0 + D1 <= HEAD)
     return x0, x1
 
 
@@ -87,7 +87,7 @@ def of_queries(
     for first in range(0, keys, BLOCK_N):
         k0, k1 = halves(k, first + n, k_steps, keys, HEAD, D0, D1)
         v0, v1 = halves(v, first + n, v_steps, keys, HEAD, D0, D1)
-        p = tl.exp2(against(q0, q1, k0, k1, D1, UPCAST) * base_two - total[:, None])
+        p = tl.exp2(tl.fma(against(q0, q1, k0, k1, D1, UPCAST), base_two, -total[:, None]))
         ds = tl.where((first + n < keys)[None, :], p * (against(g0, g1, v0, v1, D1, UPCAST) - delta[:, None]), 0.0)
         ds = ds.to(k.dtype.element_ty)
         dq0 += product(ds, k0, UPCAST)
@@ -121,7 +121,7 @@ def of_keys(
         g0, g1 = halves(dout, first + m, dout_steps, queries, HEAD, D0, D1)
         total = tl.load(sums + first + m, inside, other=float("inf"))  # weights of queries beyond the last are 0
         delta = tl.load(deltas + first + m, inside, other=0.0)
-        p = tl.exp2(against(k0, k1, q0, q1, D1, UPCAST) * base_two - total[None, :])
+        p = tl.exp2(tl.fma(against(k0, k1, q0, q1, D1, UPCAST), base_two, -total[None, :]))
         p = tl.where((n < keys)[:, None], p, 0.0)  # finite beyond the last key too
         ds = (p * (against(v0, v1, g0, g1, D1, UPCAST) - delta[None, :])).to(q.dtype.element_ty)
         rounded = p.to(dout.dtype.element_ty)

@@ -20,19 +20,20 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention import like, sums_like
+from .tile_triton import at, existing
 
 # Keys taken as one tile, by the width that a head takes on chip. Twice as many spill: 128 keys of a head of 80 248 bytes on sm_80
 # where nothing is aligned, 128 keys of a head of 128 up to 160 bytes on sm_90 where positions lie side by side.
 SINGLE = {16: 128, 32: 128, 48: 128, 64: 128, 80: 64, 96: 128, 128: 64, 144: 64, 160: 64}
 
+SMALLEST = 1e-30  # of a scale: every weight is then 1
+
 
 @triton.jit
-def load(base, rows, columns, row_step, column_step, rows_end, columns_end, WHOLE: tl.constexpr):
-    """A tile, 0 outside; WHOLE where no column lies outside."""
-    inside = (rows < rows_end)[:, None]
-    if not WHOLE:
-        inside = inside & (columns < columns_end)[None, :]
-    return tl.load(base + rows[:, None] * row_step + columns[None, :] * column_step, inside, other=0.0)
+def load(base, rows, columns, steps, rows_end, HEAD: tl.constexpr, ALL_ROWS: tl.constexpr, ALL_COLUMNS: tl.constexpr):
+    """A tile of positions by elements of a head, 0 outside."""
+    mask = existing(rows, columns, rows_end, HEAD, ALL_ROWS, ALL_COLUMNS)
+    return tl.load(base + at(rows, columns, steps[2], steps[3]), mask, other=0.0)
 
 
 @triton.jit
@@ -48,47 +49,49 @@ def product(a, b, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def scores(q0, q1, k, n, steps, keys, scale, HEAD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UPCAST: tl.constexpr):
-    """q k^T scale against keys n; -inf beyond the last."""
-    k0 = load(k, n, tl.arange(0, D0), steps[2], steps[3], keys, HEAD, D0 <= HEAD)
-    s = product(q0, tl.trans(k0), UPCAST)
+def scores(
+    q0, q1, k, n, steps, keys, HEAD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALL_KEYS: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """q k^T against keys n; -inf beyond the last."""
+    s = product(q0, tl.trans(load(k, n, tl.arange(0, D0), steps, keys, HEAD, ALL_KEYS, D0 <= HEAD)), UPCAST)
     if D1:
-        k1 = load(k, n, D0 + tl.arange(0, D1), steps[2], steps[3], keys, HEAD, D0 + D1 <= HEAD)
+        k1 = load(k, n, D0 + tl.arange(0, D1), steps, keys, HEAD, ALL_KEYS, D0 + D1 <= HEAD)
         s += product(q1, tl.trans(k1), UPCAST)
-    return tl.where((n < keys)[None, :], s * scale, float("-inf"))
+    return s if ALL_KEYS else tl.where((n < keys)[None, :], s, float("-inf"))
 
 
 @triton.jit
-def weighted(p, v, n, steps, keys, HEAD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UPCAST: tl.constexpr):
+def weighted(
+    p, v, n, steps, keys, HEAD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALL_KEYS: tl.constexpr, UPCAST: tl.constexpr
+):
     """p v, in the head's two parts."""
     p = p.to(v.dtype.element_ty)
-    out0 = product(p, load(v, n, tl.arange(0, D0), steps[2], steps[3], keys, HEAD, D0 <= HEAD), UPCAST)
+    out0 = product(p, load(v, n, tl.arange(0, D0), steps, keys, HEAD, ALL_KEYS, D0 <= HEAD), UPCAST)
     out1 = out0
     if D1:
-        v1 = load(v, n, D0 + tl.arange(0, D1), steps[2], steps[3], keys, HEAD, D0 + D1 <= HEAD)
-        out1 = product(p, v1, UPCAST)
+        out1 = product(p, load(v, n, D0 + tl.arange(0, D1), steps, keys, HEAD, ALL_KEYS, D0 + D1 <= HEAD), UPCAST)
     return out0, out1
 
 
 @triton.jit
 def store(value, residual, out, m, d, residual_steps, steps, queries, HEAD: tl.constexpr, WHOLE: tl.constexpr):
-    """A part of the result, the residual added."""
-    inside = (m < queries)[:, None]
-    if not WHOLE:
-        inside = inside & (d < HEAD)[None, :]
+    """A part of the result, the residual added; WHOLE where no element lies outside the head."""
     if residual is not None:
-        value += load(residual, m, d, residual_steps[2], residual_steps[3], queries, HEAD, WHOLE).to(tl.float32)
-    tl.store(out + m[:, None] * steps[2] + d[None, :] * steps[3], value.to(out.dtype.element_ty), inside)
+        value += load(residual, m, d, residual_steps, queries, HEAD, False, WHOLE).to(tl.float32)
+    inside = existing(m, d, queries, HEAD, False, WHOLE)
+    tl.store(out + at(m, d, steps[2], steps[3]), value.to(out.dtype.element_ty), inside)
 
 
 @triton.jit
 def attend(
     q, k, v, residual, out, sums, scale, heads, queries, keys, q_steps, k_steps, v_steps, residual_steps, out_steps,
     HEAD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SINGLE: tl.constexpr, UPCAST: tl.constexpr,
+    SINGLE: tl.constexpr, ALL_KEYS: tl.constexpr, NEGATIVE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One program a (sample, head, block of queries); sums (sample, head, position) gets log2 of a query's sum. Steps are
-    strides over (sample, head, position, element); scale is in powers of two: log2(e) times softmax's."""
+    strides over (sample, head, position, element); scale is in powers of two, log2(e) times softmax's, and without its sign: it
+    meets a score in the one instruction that takes the maximum off."""
     blocks = tl.cdiv(queries, BLOCK_M)
     part, rest = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     b, h = (rest // heads).to(tl.int64), (rest % heads).to(tl.int64)
@@ -96,16 +99,18 @@ def attend(
     if residual is not None:
         residual = here(residual, b, h, residual_steps)
     m, n = part * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    q0 = load(q, m, tl.arange(0, D0), q_steps[2], q_steps[3], queries, HEAD, D0 <= HEAD)
+    q0 = load(q, m, tl.arange(0, D0), q_steps, queries, HEAD, False, D0 <= HEAD)
     q1 = q0
     if D1:
-        q1 = load(q, m, D0 + tl.arange(0, D1), q_steps[2], q_steps[3], queries, HEAD, D0 + D1 <= HEAD)
+        q1 = load(q, m, D0 + tl.arange(0, D1), q_steps, queries, HEAD, False, D0 + D1 <= HEAD)
+    if NEGATIVE:
+        q0, q1 = -q0, -q1
     if SINGLE:
-        s = scores(q0, q1, k, n, k_steps, keys, scale, HEAD, D0, D1, UPCAST)
-        highest = tl.max(s, 1)
-        p = tl.exp2(s - highest[:, None])
+        s = scores(q0, q1, k, n, k_steps, keys, HEAD, D0, D1, ALL_KEYS, UPCAST)
+        highest = tl.max(s, 1) * scale
+        p = tl.exp2(tl.fma(s, scale, -highest[:, None]))
         total = tl.sum(p, 1)
-        out0, out1 = weighted(p, v, n, v_steps, keys, HEAD, D0, D1, UPCAST)
+        out0, out1 = weighted(p, v, n, v_steps, keys, HEAD, D0, D1, ALL_KEYS, UPCAST)
     else:
         highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
@@ -114,12 +119,12 @@ def attend(
         if D1:
             out1 = tl.zeros((BLOCK_M, D1), tl.float32)
         for first in range(0, keys, BLOCK_N):
-            s = scores(q0, q1, k, first + n, k_steps, keys, scale, HEAD, D0, D1, UPCAST)
-            higher = tl.maximum(highest, tl.max(s, 1))  # finite: every block holds a key
-            p = tl.exp2(s - higher[:, None])
+            s = scores(q0, q1, k, first + n, k_steps, keys, HEAD, D0, D1, ALL_KEYS, UPCAST)
+            higher = tl.maximum(highest, tl.max(s, 1) * scale)  # finite: every block holds a key
+            p = tl.exp2(tl.fma(s, scale, -higher[:, None]))
             fade = tl.exp2(highest - higher)
-            total = total * fade + tl.sum(p, 1)
-            more0, more1 = weighted(p, v, first + n, v_steps, keys, HEAD, D0, D1, UPCAST)
+            total = tl.fma(total, fade, tl.sum(p, 1))
+            more0, more1 = weighted(p, v, first + n, v_steps, keys, HEAD, D0, D1, ALL_KEYS, UPCAST)
             out0 = out0 * fade[:, None] + more0
             if D1:
                 out1 = out1 * fade[:, None] + more1
@@ -184,9 +189,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, residual: Tensor | None, scale: flo
     cut = Blocks.of(head, queries, keys)
     grid = (batch * heads * triton.cdiv(queries, cut.block_m),)
     base_two = (head**-0.5 if scale is None else scale) * math.log2(math.e)
+    size = abs(base_two) or SMALLEST  # times -inf, 0 would be NaN
     attend[grid](
-        q, k, v, residual, out, sums if sums.ndim == 3 else None, base_two, heads, queries, keys, q.stride(), k.stride(),
-        v.stride(), (0, 0, 0, 0) if residual is None else residual.stride(), out.stride(),
-        UPCAST=interpreted() and q.dtype == torch.bfloat16, **cut.options(head),
+        q, k, v, residual, out, sums if sums.ndim == 3 else None, size, heads, queries, keys, q.stride(), k.stride(),
+        v.stride(), (0, 0, 0, 0) if residual is None else residual.stride(), out.stride(), ALL_KEYS=keys % cut.block_n == 0,
+        NEGATIVE=base_two < 0, UPCAST=interpreted() and q.dtype == torch.bfloat16, **cut.options(head),
     )  # fmt: skip
     return out, sums

@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .group_norm import Norm, flat, like
-from .group_norm_triton import ONE_READ_BACKWARD, Split, aligned, at, before_activation, gain_offset, tile
+from .group_norm_triton import ONE_READ_BACKWARD, Split, aligned, before_activation, gain_offset, tile
+from .tile_triton import at
 
 
 @triton.jit

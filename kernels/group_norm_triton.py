@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .group_norm import Norm, flat, like
+from .tile_triton import at, existing
 
 TILE = 4096  # elements a program of a split kernel holds: 32 a thread with 4 warps
 ONE_READ = 20480  # the largest padded group kept on chip, 40 values a thread: 32768 spills on sm_80, 90 and 100
@@ -42,23 +43,6 @@ def gain_offset(b, c, inside, weight, bias, scale, shift, scale_row, shift_row):
         gain *= factor
         offset = offset * factor + tl.load(shift + b * shift_row + c, inside, other=0.0).to(tl.float32)
     return gain, offset
-
-
-@triton.jit
-def at(c, s, stride_c, stride_s):
-    """Offsets of a tile; 32 bits where the strides are, which halves the registers they take."""
-    return c[:, None] * stride_c + s[None, :] * stride_s
-
-
-@triton.jit
-def existing(c, s, channels, positions, ALL_C: tl.constexpr, ALL_S: tl.constexpr):
-    """Which elements of a tile exist. Where all channels or all positions are known to, nothing is asked of each element."""
-    mask = tl.full((c.shape[0], s.shape[0]), True, tl.int1)
-    if not ALL_C:
-        mask = mask & (c < channels)[:, None]
-    if not ALL_S:
-        mask = mask & (s < positions)[None, :]
-    return mask
 
 
 @triton.jit
@@ -130,11 +114,11 @@ def one_read(
     tl.store(mean_out + pid, mean)
     tl.store(rstd_out + pid, rstd)
     gain, offset = gain_offset(b, first + c0, inside0, weight, bias, scale, shift, scale_row, shift_row)
-    v0 = activated(v0 * (rstd * gain)[:, None] + offset[:, None], y, SILU)
+    v0 = activated(tl.fma(v0, (rstd * gain)[:, None], offset[:, None]), y, SILU)
     tl.store(y + at(c0, s, yc, ys), v0.to(y.dtype.element_ty), mask0)
     if C1:
         gain, offset = gain_offset(b, first + c1, inside1, weight, bias, scale, shift, scale_row, shift_row)
-        v1 = activated(v1 * (rstd * gain)[:, None] + offset[:, None], y, SILU)
+        v1 = activated(tl.fma(v1, (rstd * gain)[:, None], offset[:, None]), y, SILU)
         tl.store(y + at(c1, s, yc, ys), v1.to(y.dtype.element_ty), mask1)
 
 
@@ -211,8 +195,8 @@ def apply(
     b, c, s, inside, mask = tile(channels, positions, BLOCK_C, BLOCK_S, ALL_C, ALL_S)
     row = b * channels + c
     v = tl.load(x + b * xb + at(c, s, xc, xs), mask, other=0.0).to(tl.float32)
-    v = (v - tl.load(center + row, inside)[:, None]) * tl.load(factor + row, inside)[:, None]
-    v = activated(v + tl.load(offset + row, inside)[:, None], y, SILU)
+    mean, gain, add = tl.load(center + row, inside), tl.load(factor + row, inside), tl.load(offset + row, inside)
+    v = activated(tl.fma(v - mean[:, None], gain[:, None], add[:, None]), y, SILU)
     tl.store(y + b * yb + at(c, s, yc, ys), v.to(y.dtype.element_ty), mask)
 
 

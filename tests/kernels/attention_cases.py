@@ -8,26 +8,36 @@ from fastdiff.kernels.attention import BACKWARD
 
 TENSORS = {"q", "k", "v", "residual", "out", "dout", "dq", "dk", "dv"}
 FLOATS = {"sums", "deltas"}
+SITE = {"queries", "keys"}  # known to be divisible by 16 at a U-Net's site
 NUMBERS = {"scale": "fp32", "base_two": "fp32", "heads": "i32", "queries": "i32", "keys": "i32"}
+SIZES = ((4096, 4096), (4097, 4097), (1024, 1024), (1000, 1000), (256, 256), (128, 128), (64, 64), (1024, 77))
 
 
-def case(kernel, cut, head, title, dtype="bf16", channels_first=False, aligned=True):
+def case(kernel, cut, head, title, dtype="bf16", channels_first=False, aligned=True, elements=0, **constants):
     """The contiguous stride is the constant 1, as Triton specialises it: a head's elements, or, channels first, the positions."""
     options = cut.options(head)
     steps = ("i32", "i32", "constexpr", "i32") if channels_first else ("i32", "i32", "i32", "constexpr")
     strides = [name for name in kernel.arg_names if name.endswith("_steps")]
     types = {name: f"*{dtype}" for name in kernel.arg_names if name in TENSORS}
     types |= {name: "*fp32" for name in kernel.arg_names if name in FLOATS and head <= BACKWARD}
-    divisible = {*types, *strides} if aligned else set()
+    divisible = {*types, *strides, *(SITE if elements else ())} if aligned else set()
     types |= {name: kind for name, kind in NUMBERS.items() if name in kernel.arg_names} | dict.fromkeys(strides, steps)
-    constants = {k: v for k, v in options.items() if not k.startswith("num_")} | {"UPCAST": False}
+    constants |= {k: v for k, v in options.items() if not k.startswith("num_")} | {"UPCAST": False}
     constants |= {(name, steps.index("constexpr")): 1 for name in strides}
     title = f"{title} {dtype}{' channels first' if channels_first else ''}{' aligned' if aligned else ''}"
-    return Case(title, kernel, types, constants, cut.warps, divisible, cut.stages)
+    return Case(title, kernel, types, constants, cut.warps, divisible, cut.stages, elements)
 
 
 def forward(head, queries, keys, *how, **more):
-    return case(m.attend, m.Blocks.of(head, queries, keys), head, f"attend {head} {queries}x{keys}", *how, **more)
+    cut = m.Blocks.of(head, queries, keys)
+    fixed = {"ALL_KEYS": keys % cut.block_n == 0, "NEGATIVE": False}
+    return case(m.attend, cut, head, f"attend {head} {queries}x{keys}", *how, **fixed, **more)
+
+
+def at_site(head, positions):
+    """As benches/gpu_attention.py launches it; a thread's scores in one turn of the loop are counted."""
+    cut = m.Blocks.of(head, positions, positions)
+    return forward(head, positions, positions, elements=cut.block_m * cut.block_n // (32 * cut.warps))
 
 
 def backward(head, *how, **more):
@@ -36,14 +46,15 @@ def backward(head, *how, **more):
 
 
 def cases(everything):
-    yield forward(40, 4096, 4096)
+    yield at_site(40, 4096)
+    yield at_site(80, 1024)
     yield forward(80, 1024, 128)
     yield forward(160, 256, 256)
     yield from backward(80)
     if everything:
         for head in (8, 16, 24, 40, 48, 64, 72, 80, 96, 112, 128, 136, 160, 192, 200, 256):
             for channels_first in (False, True):
-                for queries, keys in ((4096, 4096), (1024, 1024), (256, 256), (128, 128), (64, 64), (1024, 77)):
+                for queries, keys in SIZES:
                     yield forward(head, queries, keys, channels_first=channels_first)
                 if head <= 128:
                     yield from backward(head, channels_first=channels_first)

@@ -31,18 +31,30 @@ class Case:
     num_warps: int
     divisible: set[str]  # by 16, of which Triton makes a variant of its own
     num_stages: int = 3  # Triton's default
-    elements: int = 0  # of a thread, in a kernel without loops at a U-Net's site: its instructions are held to their number
+    elements: int = 0  # of a thread, at a U-Net's site: the instructions of the kernel or of its loop are held to their number
 
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 ARCHITECTURES = (80, 90, 100)
 
 
-INSTRUCTION = r"/\*[0-9a-f]{4,}\*/ +(?!NOP)(?:@!?U?P\w+ +)?[A-Z]"  # at its address; what fills up the last lines is none
+INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/ +(?!NOP)(?:@!?U?P\w+ +)?[A-Z]")  # at its address; NOPs fill up the last lines
 
 
 def run(tool, *arguments):
     return subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def loop(code):
+    """Instructions of the longest loop: from a label to the last branch back to it."""
+    begins, longest, count = {}, 0, 0
+    for line in code.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            begins[label[1]] = count
+        count += bool(INSTRUCTION.search(line))
+        if (back := re.search(r"BRA .*`\((\.L_x_\d+)\)", line)) and back[1] in begins:
+            longest = max(longest, count - begins[back[1]])
+    return longest
 
 
 def paths(index, kind):
@@ -68,7 +80,8 @@ def resources(case, architecture):
     found = {name: int(v) for name, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
     return {
         "registers": found["REG"], "spill": found["STACK"] + found["LOCAL"], "shared": compiled.metadata.shared,
-        "threads": 32 * case.num_warps, "elements": case.elements, "instructions": len(re.findall(INSTRUCTION, code)),
+        "threads": 32 * case.num_warps, "elements": case.elements, "instructions": len(INSTRUCTION.findall(code)),
+        "loop": loop(code),
     }  # fmt: skip
 
 

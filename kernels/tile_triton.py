@@ -1,0 +1,23 @@
+"""What the kernels that read tiles of rows and columns share; imported only where triton is."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def at(rows, columns, row_step, column_step):
+    """Offsets of a tile; 32 bits where the steps are, which halves the registers they take."""
+    return rows[:, None] * row_step + columns[None, :] * column_step
+
+
+@triton.jit
+def existing(rows, columns, rows_end, columns_end, ALL_ROWS: tl.constexpr, ALL_COLUMNS: tl.constexpr):
+    """Which elements of a tile exist. Where all rows or all columns are known to, nothing is asked of each element."""
+    mask = tl.full((rows.shape[0], columns.shape[0]), True, tl.int1)
+    if not ALL_ROWS:
+        mask = mask & (rows < rows_end)[:, None]
+    if not ALL_COLUMNS:
+        mask = mask & (columns < columns_end)[None, :]
+    return mask
