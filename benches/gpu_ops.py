@@ -33,7 +33,7 @@ def reads(x: torch.Tensor) -> int:
     from fastdiff.kernels import group_norm_triton as kernels
 
     v = m.flat(x)
-    return 1 if kernels.on_chip(v.shape[1] // 32, v.shape[2], kernels.most(v)) else 2
+    return 1 if kernels.on_chip(v.shape[1] // 32, v.shape[2], v.stride(1) == 1, kernels.aligned(v)) else 2
 
 
 def site(batch: int, channels: int, size: int, channels_last: bool) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention import like, sums_like
-from .tile_triton import at, existing
+from .tile_triton import existing
 
 # Keys taken as one tile, by the width that a head takes on chip. Twice as many spill: 128 keys of a head of 80 248 bytes on sm_80
 # where nothing is aligned, 128 keys of a head of 128 up to 160 bytes on sm_90 where positions lie side by side.
@@ -31,9 +31,10 @@ SMALLEST = 1e-30  # of a scale: every weight is then 1
 
 @triton.jit
 def load(base, rows, columns, steps, rows_end, HEAD: tl.constexpr, ALL_ROWS: tl.constexpr, ALL_COLUMNS: tl.constexpr):
-    """A tile of positions by elements of a head, 0 outside."""
+    """A tile of positions by elements of a head, 0 outside. Steps are added to the pointer one after the other: their sum in 32
+    bits first spills (160 bytes at a head of 80 on sm_80, where nothing is aligned)."""
     mask = existing(rows, columns, rows_end, HEAD, ALL_ROWS, ALL_COLUMNS)
-    return tl.load(base + at(rows, columns, steps[2], steps[3]), mask, other=0.0)
+    return tl.load(base + rows[:, None] * steps[2] + columns[None, :] * steps[3], mask, other=0.0)
 
 
 @triton.jit
@@ -80,7 +81,7 @@ def store(value, residual, out, m, d, residual_steps, steps, queries, HEAD: tl.c
     if residual is not None:
         value += load(residual, m, d, residual_steps, queries, HEAD, False, WHOLE).to(tl.float32)
     inside = existing(m, d, queries, HEAD, False, WHOLE)
-    tl.store(out + at(m, d, steps[2], steps[3]), value.to(out.dtype.element_ty), inside)
+    tl.store(out + m[:, None] * steps[2] + d[None, :] * steps[3], value.to(out.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -164,9 +165,9 @@ class Blocks:
             return cls(64, tile, True, 8 if width == tile == 64 else 4, 1)  # 4 warps: 72 bytes on sm_100, channels first
         if width > 128:
             return cls(64, 32, False, 4 if width == 160 else 8, 2)  # 144 by 4 warps and 160 by 8: 8 and 16 bytes on sm_80
-        if queries >= 2048:
+        if queries >= 2048 and width != 80:  # 8 bytes on sm_100
             return cls(128, 64, False, 8, 2)
-        return cls(64, 32 if width in (16, 48) else 64, False, 4, 2)  # 64 keys of a head of 16 or 40: 8 bytes on sm_100
+        return cls(64, 32 if width < 64 else 64, False, 4, 2)  # 64 keys of a head of 24: 48 bytes on sm_100, of 40: 8
 
     def options(self, head: int) -> dict[str, Any]:
         d0, d1 = parts(head)

@@ -160,7 +160,7 @@ def backward(
         **blocks,
     )  # fmt: skip
     totals[(batch * norm.groups,)](
-        space[0], space[1], *affine, p, q, group_p, group_q, norm.groups, per_group, positions, grid[0], *rows, BLOCK_C=16,
+        space[0], space[1], *affine, p, q, group_p, group_q, norm.groups, per_group, positions, grid[0], *rows, BLOCK_C=8,
         BLOCK=min(triton.next_power_of_2(grid[0]), 64),
     )  # fmt: skip
     apply_backward[grid](

@@ -25,7 +25,8 @@ from .tile_triton import at, existing
 
 TILE = 4096  # elements a program of a split kernel holds: 32 a thread with 4 warps
 ONE_READ = 20480  # the largest padded group kept on chip, 40 values a thread: 32768 spills on sm_80, 90 and 100
-ONE_READ_LAST = 16384  # the same in channels-last, where addresses take more: 20480 spills
+ONE_READ_LAST = 16384  # the same in channels-last: 20480 spills
+ONE_READ_NARROW = 10240  # the same, 20 values a thread, where addresses and masks take registers
 ONE_READ_BACKWARD = 8192  # two tensors are held: 16384 spills
 
 
@@ -247,23 +248,19 @@ def parts(channels: int) -> tuple[int, int]:
     return (half, rest) if half + rest < whole else (whole, 0)
 
 
-def on_chip(per_group: int, positions: int, limit: int) -> dict[str, Any] | None:
-    """Block sizes and warps of the kernel that reads a group once, 40 elements a thread at most; None where it does not fit."""
+def on_chip(per_group: int, positions: int, channels_last: bool, wide: bool) -> dict[str, Any] | None:
+    """Block sizes and warps of the kernel that reads a group once; None where it does not fit.
+
+    wide: what is loaded is `aligned`.
+    """
     c0, c1 = parts(per_group)
     block_s = triton.next_power_of_2(positions)
-    size = (c0 + c1) * block_s
+    wide = wide and block_s == positions and (per_group % 8 == 0 or not channels_last)
+    size, limit = (c0 + c1) * block_s, (ONE_READ_LAST if channels_last else ONE_READ) if wide else ONE_READ_NARROW
     if size > limit:
         return None
-    return {
-        "CHANNELS": per_group, "C0": c0, "C1": c1, "BLOCK_S": block_s, "ALL_S": block_s == positions,
-        "num_warps": min(triton.next_power_of_2(triton.cdiv(size, 1280)), 16),
-    }  # fmt: skip
-
-
-def most(v: Tensor, *others: Tensor | None) -> int:
-    """The largest padded group of v that is read once."""
-    limit = ONE_READ_LAST if v.stride(1) == 1 else ONE_READ
-    return limit if aligned(v, *others) else min(limit, ONE_READ_LAST // 2)
+    warps = min(triton.next_power_of_2(triton.cdiv(size, 1280 if wide else 640)), 16)
+    return {"CHANNELS": per_group, "C0": c0, "C1": c1, "BLOCK_S": block_s, "ALL_S": block_s == positions, "num_warps": warps}
 
 
 def forward(x: Tensor, norm: Norm, residual: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
@@ -280,17 +277,18 @@ def forward(x: Tensor, norm: Norm, residual: Tensor | None = None) -> tuple[Tens
     rows = norm.rows
     strides_r = r.stride() if r is not None else (0, 0, 0)
     per_group = channels // norm.groups
-    if blocks := on_chip(per_group, positions, most(v, r, out)):
+    channels_last, wide = v.stride(1) == 1, aligned(v, r, out)
+    if blocks := on_chip(per_group, positions, channels_last, wide):
         one_read[(batch * norm.groups,)](
             v, r, *affine, y, total, mean, rstd, norm.groups, positions, norm.eps, *v.stride(), *strides_r,
             *out.stride(), *rows, SILU=norm.silu, **blocks,
         )  # fmt: skip
         return y, total, mean, rstd
-    cut = Split.of(channels, positions, v.stride(1) == 1)
+    cut = Split.of(channels, positions, channels_last)
     grid = cut.grid(batch)
     space = torch.empty(2 * grid[0] + 3, batch, channels, dtype=torch.float32, device=x.device)
     means, squares, *per_channel = space[0], space[grid[0]], *space[2 * grid[0] :]
-    blocks = cut.blocks(aligned(v, r, out))
+    blocks = cut.blocks(wide)
     moments[grid](v, r, total, means, squares, channels, positions, *v.stride(), *strides_r, *out.stride(), **blocks)
     combine[(batch * norm.groups,)](
         means, squares, *affine, mean, rstd, *per_channel, norm.groups, per_group, positions, grid[0], cut.block_s, norm.eps,

@@ -15,9 +15,11 @@ def at(rows, columns, row_step, column_step):
 @triton.jit
 def existing(rows, columns, rows_end, columns_end, ALL_ROWS: tl.constexpr, ALL_COLUMNS: tl.constexpr):
     """Which elements of a tile exist. Where all rows or all columns are known to, nothing is asked of each element."""
-    mask = tl.full((rows.shape[0], columns.shape[0]), True, tl.int1)
-    if not ALL_ROWS:
-        mask = mask & (rows < rows_end)[:, None]
-    if not ALL_COLUMNS:
-        mask = mask & (columns < columns_end)[None, :]
-    return mask
+    if ALL_ROWS and ALL_COLUMNS:
+        return tl.full((rows.shape[0], columns.shape[0]), True, tl.int1)
+    elif ALL_ROWS:
+        return (columns < columns_end)[None, :]
+    elif ALL_COLUMNS:
+        return (rows < rows_end)[:, None]
+    else:
+        return (rows < rows_end)[:, None] & (columns < columns_end)[None, :]

@@ -54,12 +54,18 @@ def case(name, kernel, dtype, channels_last, blocks, aligned=True, without=(), s
     return Case(" ".join(filter(None, words)), kernel, types, constants, warps, divisible, elements=elements)
 
 
+def largest(on_chip, per_group, *how):
+    """The largest group that is read once, and the largest that does not fill its tile."""
+    for ragged in (0, 1):
+        yield [blocks for blocks in (on_chip(per_group, 2**k - ragged, *how) for k in range(1, 16)) if blocks][-1]
+
+
 def sites():
     """What benches/gpu_ops.py times, as it is launched there."""
     for per_group, positions, channels_last in (
         (40, 256, False), (80, 64, False), (20, 1024, False), (8, 256, False), (4, 1024, False), (40, 256, True), (80, 64, True),
     ):  # fmt: skip
-        blocks = forward.on_chip(per_group, positions, forward.ONE_READ)
+        blocks = forward.on_chip(per_group, positions, channels_last, True)
         yield case("one_read", forward.one_read, "bf16", channels_last, blocks, without=AT_A_SITE, site=True)
     for channels, positions, channels_last in ((320, 4096, False), (1280, 1024, False), (320, 4096, True)):
         blocks = forward.Split.of(channels, positions, channels_last).blocks(True)
@@ -70,18 +76,17 @@ def sites():
 def cases(everything):
     yield from sites()
     dtypes = ("fp32", "bf16") if everything else ("bf16",)
-    one_read = {
-        "one_read": (forward.one_read, forward.on_chip, forward.ONE_READ, forward.ONE_READ_LAST),
-        "one_read_backward": (backward.one_read_backward, backward.on_chip, *2 * (backward.ONE_READ_BACKWARD,)),
-    }
+    groups = (1, 4, 5, 10, 16, 20, 30, 40, 64, 80) if everything else (16, 20)
     for dtype, channels_last in product(dtypes, (False, True) if everything else (False,)):
-        for name, (kernel, on_chip, limit, last) in one_read.items():
-            for most, aligned in ((last if channels_last else limit, True), (last // 2, False)):
-                for per_group in (1, 4, 5, 10, 16, 20, 30, 40, 64, 80) if everything else (16, 20):
-                    positions = [n for n in (2**k for k in range(15)) if on_chip(per_group, n, most)][-1]
-                    for blocks in (on_chip(per_group, n, most) for n in (positions, positions - 1)):
-                        yield case(name, kernel, dtype, channels_last, blocks, aligned=aligned)
-            yield case(name, kernel, dtype, channels_last, on_chip(4, 1024, limit), without=OPTIONAL)
+        for aligned, per_group in product((True, False), groups):
+            for blocks in largest(forward.on_chip, per_group, channels_last, aligned):
+                yield case("one_read", forward.one_read, dtype, channels_last, blocks, aligned=aligned)
+            for blocks in largest(backward.on_chip, per_group, backward.ONE_READ_BACKWARD // (2 - aligned)):
+                yield case("one_read_backward", backward.one_read_backward, dtype, channels_last, blocks, aligned=aligned)
+        bare = {"without": OPTIONAL}
+        yield case("one_read", forward.one_read, dtype, channels_last, forward.on_chip(4, 1024, channels_last, True), **bare)
+        blocks = backward.on_chip(4, 1024, backward.ONE_READ_BACKWARD)
+        yield case("one_read_backward", backward.one_read_backward, dtype, channels_last, blocks, **bare)
         shapes = [(320, 4096)] + ([(3, 70), (321, 4095), (1280, 1024)] if everything else [])
         for (name, kernel), (channels, positions) in product(SPLIT.items(), shapes):
             cut = forward.Split.of(channels, positions, channels_last)
@@ -91,4 +96,4 @@ def cases(everything):
                 yield case(name, kernel, dtype, channels_last, cut.blocks(True), without=OPTIONAL)
     yield case("combine", forward.combine, "bf16", False, {"BLOCK": 1024, "BLOCK_C": 128})
     for parts in (1, 8, 64) if everything else (64,):
-        yield case("totals", backward.totals, "bf16", False, {"BLOCK_C": 16, "BLOCK": parts})
+        yield case("totals", backward.totals, "bf16", False, {"BLOCK_C": 8, "BLOCK": parts})

@@ -31,7 +31,7 @@ def split(monkeypatch):
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9) and tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4):
         pytest.skip("the interpreter of triton 3.6 cannot loop up to a loaded number with numpy 2.4 (3.9 can)")
     forward, backward = kernels()
-    monkeypatch.setattr(forward, "most", lambda *_: 0)
+    monkeypatch.setattr(forward, "on_chip", lambda *_: None)
     monkeypatch.setattr(backward, "ONE_READ_BACKWARD", 0)
     monkeypatch.setattr(forward.Split, "of", lambda channels, positions, _: forward.Split(channels, positions, 4, 32))
 
