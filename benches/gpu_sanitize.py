@@ -37,7 +37,8 @@ def attention() -> None:
         torch.ops.fastdiff.attention(q, k, v, q, None)
         if head <= 128:
             torch.ops.fastdiff.attention_backward(q, q, k, v, out, sums, None)
-        q, k, v = (torch.randn(1, 2, head, n, device="cuda").half().transpose(-1, -2) for n in (queries, keys, keys))
+        lengths = [n + -n % 8 for n in (queries, keys, keys)]  # others would be copied
+        q, k, v = (torch.randn(1, 2, head, n, device="cuda").half().transpose(-1, -2) for n in lengths)
         torch.ops.fastdiff.attention(q, k, v, None, 0.5)
 
 

@@ -1,7 +1,8 @@
 """Attention of U-Nets as a registered op: softmax(q k^T scale) v + residual, self and cross, read in the layout it comes in.
 
 q, k and v are (batch, heads, positions, head) views with any strides: parts of a fused projection, be it (B, S, 3 H d) or
-(B, 3 H d, S), are read in place, and the result lies as the output projection reads it. `torch.ops.fastdiff.attention` runs the
+(B, 3 H d, S), are read in place, and the result lies as the output projection reads it; what cannot be read 16 bytes at a time is
+copied first. `torch.ops.fastdiff.attention` runs the
 Triton kernel of attention_triton.py on a GPU and torch's scaled_dot_product_attention wherever that does not run; `why_not` says
 why.
 
@@ -20,7 +21,8 @@ from ..errors import FastdiffError
 from .availability import missing_triton
 
 DTYPES = (torch.float16, torch.bfloat16)
-HEADS = (8, 256)  # sizes of a head, smallest and largest
+HEADS = (8, 256)  # sizes of a head, smallest and largest; in steps of EACH
+EACH = 8  # elements that 16 bytes hold
 BACKWARD = 128  # the largest head whose gradient is our kernels'
 
 Site = tuple[int, int, int, int, int]
@@ -49,10 +51,20 @@ def reference(q: Tensor, k: Tensor, v: Tensor, residual: Tensor | None = None, s
     return out if residual is None else out + residual
 
 
+def side_by_side(x: Tensor) -> bool:
+    """Whether positions are what lies side by side: (B, H, d, S) in memory."""
+    return x.stride(3) != 1 and x.stride(2) == 1
+
+
 def like(q: Tensor) -> Tensor:
     """An empty result of q's shape: (B, S, H, d) in memory, or (B, H, d, S) where q's own positions lie side by side."""
+    return empty(q, side_by_side(q))
+
+
+def empty(q: Tensor, first: bool) -> Tensor:
+    """An empty tensor of q's shape, its positions side by side or its elements."""
     batch, heads, length, head = q.shape
-    if q.stride(3) != 1 and q.stride(2) == 1:
+    if first:
         return q.new_empty(batch, heads, head, length).transpose(2, 3)
     return q.new_empty(batch, length, heads, head).transpose(1, 2)
 
@@ -83,8 +95,8 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, residual: Tensor | None = None) -> 
         return reason
     if q.dtype not in DTYPES:  # tensor cores would round float32 to 10 bits, which torch does not do unasked
         return f"the kernel takes float16 and bfloat16; given {q.dtype}"
-    if not HEADS[0] <= q.shape[3] <= HEADS[1]:
-        return f"the kernel takes heads of {HEADS[0]} to {HEADS[1]}; given {q.shape[3]}"
+    if not HEADS[0] <= q.shape[3] <= HEADS[1] or q.shape[3] % EACH:
+        return f"the kernel takes heads of {HEADS[0]} to {HEADS[1]} in steps of {EACH}; given {q.shape[3]}"
     if q.numel() == 0:
         return "the input is empty"
     # offsets inside a sample are 32 bits

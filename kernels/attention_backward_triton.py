@@ -20,17 +20,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention import like
-from .attention_triton import here, interpreted, load, parts, product, store
+from .attention import empty, like
+from .attention_triton import fits, here, interpreted, laid, load, parts_of_head, positions_first, product, store
 
 
 @triton.jit
-def halves(x, rows, steps, end, HEAD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+def halves(x, rows, steps, end, HEAD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, FIRST: tl.constexpr):
     """A tile in its head's two parts; with one part, that twice."""
-    x0 = load(x, rows, tl.arange(0, D0), steps, end, HEAD, False, D0 <= HEAD)
+    x0 = load(x, rows, tl.arange(0, D0), steps, end, HEAD, FIRST, False, D0 <= HEAD)
     x1 = x0
     if D1:
-        x1 = load(x, rows, D0 + tl.arange(0, D1), steps, end, HEAD, False, D0 + D1 <= HEAD)
+        x1 = load(x, rows, D0 + tl.arange(0, D1), steps, end, HEAD, FIRST, False, D0 + D1 <= HEAD)
     return x0, x1
 
 
@@ -44,7 +44,7 @@ def against(a0, a1, b0, b1, D1: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def empty(ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+def zeros(ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
     """A sum in a head's two parts."""
     x0 = tl.zeros((ROWS, D0), tl.float32)
     x1 = x0
@@ -54,18 +54,18 @@ def empty(ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
 
 
 @triton.jit
-def put(x0, x1, x, rows, steps, end, HEAD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+def put(x0, x1, x, rows, steps, end, HEAD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, FIRST: tl.constexpr):
     """Stores a sum in parts."""
-    store(x0, None, x, rows, tl.arange(0, D0), steps, steps, end, HEAD, D0 <= HEAD)
+    store(x0, None, x, rows, tl.arange(0, D0), steps, steps, end, HEAD, FIRST, D0 <= HEAD)
     if D1:
-        store(x1, None, x, rows, D0 + tl.arange(0, D1), steps, steps, end, HEAD, D0 + D1 <= HEAD)
+        store(x1, None, x, rows, D0 + tl.arange(0, D1), steps, steps, end, HEAD, FIRST, D0 + D1 <= HEAD)
 
 
 @triton.jit
 def of_queries(
     q, k, v, out, dout, sums, deltas, dq, scale, base_two, heads, queries, keys, q_steps, k_steps, v_steps, out_steps, dout_steps,
     dq_steps, HEAD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    UPCAST: tl.constexpr,
+    FIRST: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One program a (sample, head, block of queries): dq, and delta (sample, head, position) for the other kernel."""
     blocks = tl.cdiv(queries, BLOCK_M)
@@ -75,32 +75,32 @@ def of_queries(
     out, dq = here(out, b, h, out_steps), here(dq, b, h, dq_steps)
     m, n = part * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     place, inside = rest.to(tl.int64) * queries + m, m < queries
-    g0, g1 = halves(dout, m, dout_steps, queries, HEAD, D0, D1)
-    o0, o1 = halves(out, m, out_steps, queries, HEAD, D0, D1)
+    g0, g1 = halves(dout, m, dout_steps, queries, HEAD, D0, D1, FIRST)
+    o0, o1 = halves(out, m, out_steps, queries, HEAD, D0, D1, FIRST)
     delta = tl.sum(g0.to(tl.float32) * o0.to(tl.float32), 1)
     if D1:
         delta += tl.sum(g1.to(tl.float32) * o1.to(tl.float32), 1)
     tl.store(deltas + place, delta, inside)
     total = tl.load(sums + place, inside, other=0.0)
-    q0, q1 = halves(q, m, q_steps, queries, HEAD, D0, D1)
-    dq0, dq1 = empty(BLOCK_M, D0, D1)
+    q0, q1 = halves(q, m, q_steps, queries, HEAD, D0, D1, FIRST)
+    dq0, dq1 = zeros(BLOCK_M, D0, D1)
     for first in range(0, keys, BLOCK_N):
-        k0, k1 = halves(k, first + n, k_steps, keys, HEAD, D0, D1)
-        v0, v1 = halves(v, first + n, v_steps, keys, HEAD, D0, D1)
+        k0, k1 = halves(k, first + n, k_steps, keys, HEAD, D0, D1, FIRST)
+        v0, v1 = halves(v, first + n, v_steps, keys, HEAD, D0, D1, FIRST)
         p = tl.exp2(tl.fma(against(q0, q1, k0, k1, D1, UPCAST), base_two, -total[:, None]))
         ds = tl.where((first + n < keys)[None, :], p * (against(g0, g1, v0, v1, D1, UPCAST) - delta[:, None]), 0.0)
         ds = ds.to(k.dtype.element_ty)
         dq0 += product(ds, k0, UPCAST)
         if D1:
             dq1 += product(ds, k1, UPCAST)
-    put(dq0 * scale, dq1 * scale, dq, m, dq_steps, queries, HEAD, D0, D1)
+    put(dq0 * scale, dq1 * scale, dq, m, dq_steps, queries, HEAD, D0, D1, FIRST)
 
 
 @triton.jit
 def of_keys(
     q, k, v, dout, sums, deltas, dk, dv, scale, base_two, heads, queries, keys, q_steps, k_steps, v_steps, dout_steps, dk_steps,
     dv_steps, HEAD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    UPCAST: tl.constexpr,
+    FIRST: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One program a (sample, head, block of keys): dk and dv. Tiles of weights stand on their side, keys by queries."""
     blocks = tl.cdiv(keys, BLOCK_N)
@@ -111,14 +111,14 @@ def of_keys(
     sums += rest.to(tl.int64) * queries
     deltas += rest.to(tl.int64) * queries
     m, n = tl.arange(0, BLOCK_M), part * BLOCK_N + tl.arange(0, BLOCK_N)
-    k0, k1 = halves(k, n, k_steps, keys, HEAD, D0, D1)
-    v0, v1 = halves(v, n, v_steps, keys, HEAD, D0, D1)
-    dk0, dk1 = empty(BLOCK_N, D0, D1)
-    dv0, dv1 = empty(BLOCK_N, D0, D1)
+    k0, k1 = halves(k, n, k_steps, keys, HEAD, D0, D1, FIRST)
+    v0, v1 = halves(v, n, v_steps, keys, HEAD, D0, D1, FIRST)
+    dk0, dk1 = zeros(BLOCK_N, D0, D1)
+    dv0, dv1 = zeros(BLOCK_N, D0, D1)
     for first in range(0, queries, BLOCK_M):
         inside = first + m < queries
-        q0, q1 = halves(q, first + m, q_steps, queries, HEAD, D0, D1)
-        g0, g1 = halves(dout, first + m, dout_steps, queries, HEAD, D0, D1)
+        q0, q1 = halves(q, first + m, q_steps, queries, HEAD, D0, D1, FIRST)
+        g0, g1 = halves(dout, first + m, dout_steps, queries, HEAD, D0, D1, FIRST)
         total = tl.load(sums + first + m, inside, other=float("inf"))  # weights of queries beyond the last are 0
         delta = tl.load(deltas + first + m, inside, other=0.0)
         p = tl.exp2(tl.fma(against(k0, k1, q0, q1, D1, UPCAST), base_two, -total[None, :]))
@@ -130,8 +130,8 @@ def of_keys(
         if D1:
             dv1 += product(rounded, g1, UPCAST)
             dk1 += product(ds, q1, UPCAST)
-    put(dk0 * scale, dk1 * scale, dk, n, dk_steps, keys, HEAD, D0, D1)
-    put(dv0, dv1, dv, n, dv_steps, keys, HEAD, D0, D1)
+    put(dk0 * scale, dk1 * scale, dk, n, dk_steps, keys, HEAD, D0, D1, FIRST)
+    put(dv0, dv1, dv, n, dv_steps, keys, HEAD, D0, D1, FIRST)
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class Blocks:
     stages: int
 
     def options(self, head: int) -> dict[str, Any]:
-        d0, d1 = parts(head)
+        d0, d1 = parts_of_head(head)
         return {
             "HEAD": head, "D0": d0, "D1": d1, "BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "num_warps": self.warps,
             "num_stages": self.stages,
@@ -161,16 +161,20 @@ def backward(
     """(dq, dk, dv), laid out as `attention.like`; out and sums as `attention_triton.forward` gave them without a residual. The
     contract is `attention.why_not_backward`."""
     batch, heads, queries, head = q.shape
-    keys, factor = k.shape[2], head**-0.5 if scale is None else scale
-    dq, dk, dv, deltas = like(q), like(k), like(v), torch.empty_like(sums)
+    keys, factor, first = k.shape[2], head**-0.5 if scale is None else scale, positions_first(q, k)
+    found = like(q), like(k), like(v)
+    dq, dk, dv = made = [x if fits(x, first) else empty(x, first) for x in found]
+    q, k, v, out, dout = (laid(x, first) for x in (q, k, v, out, dout))
+    deltas = torch.empty_like(sums)
     sizes = (factor, factor * math.log2(math.e), heads, queries, keys)
-    upcast = interpreted() and q.dtype == torch.bfloat16
+    fixed = {"FIRST": first, "UPCAST": interpreted() and q.dtype == torch.bfloat16}
     of_queries[(batch * heads * triton.cdiv(queries, OF_QUERIES.block_m),)](
         q, k, v, out, dout, sums, deltas, dq, *sizes, q.stride(), k.stride(), v.stride(), out.stride(), dout.stride(),
-        dq.stride(), UPCAST=upcast, **OF_QUERIES.options(head),
+        dq.stride(), **fixed, **OF_QUERIES.options(head),
     )  # fmt: skip
     of_keys[(batch * heads * triton.cdiv(keys, OF_KEYS.block_n),)](
         q, k, v, dout, sums, deltas, dk, dv, *sizes, q.stride(), k.stride(), v.stride(), dout.stride(), dk.stride(),
-        dv.stride(), UPCAST=upcast, **OF_KEYS.options(head),
+        dv.stride(), **fixed, **OF_KEYS.options(head),
     )  # fmt: skip
+    dq, dk, dv = (x if x is y else y.copy_(x) for x, y in zip(made, found, strict=True))
     return dq, dk, dv

@@ -63,7 +63,8 @@ def paths(index, kind):
 
 
 def resources(case, architecture):
-    """Registers a thread, bytes of shared memory a program, bytes of stack and local memory a thread (spills), instructions."""
+    """Registers a thread, bytes of shared memory a program, bytes of stack and local memory a thread (spills), instructions, and
+    how many of them move two bytes or one."""
     names = case.kernel.arg_names
     signature = {name: case.types.get(name, "constexpr") for name in names}
     fixed = {name: case.constants.get(name) for name in names if name not in case.types}
@@ -81,7 +82,7 @@ def resources(case, architecture):
     return {
         "registers": found["REG"], "spill": found["STACK"] + found["LOCAL"], "shared": compiled.metadata.shared,
         "threads": 32 * case.num_warps, "elements": case.elements, "instructions": len(INSTRUCTION.findall(code)),
-        "loop": loop(code),
+        "loop": loop(code), "narrow": len(re.findall(r"(?:LDG|STG)\.E\.[US](?:8|16)", code)),
     }  # fmt: skip
 
 
