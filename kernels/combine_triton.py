@@ -61,7 +61,8 @@ def noise(seed, counter, draw):
     return tl.interleave(tl.interleave(first, third), tl.interleave(second, fourth))
 
 
-@triton.jit(do_not_specialize=["draw"])  # else draw 1 and every 16th would be kernels of their own
+# Else draw 1 and every 16th, and rows whose weights begin at 16 bytes of the plan's table, would be kernels of their own.
+@triton.jit(do_not_specialize=["draw"], do_not_specialize_on_alignment=["weights"])
 def rows(inputs, strides, outputs, weights, seeds, size, draw, BLOCK: tl.constexpr):
     """`inputs` and `outputs` are tuples of pointers; `strides` are the inputs' elements from one sample to the next."""
     pid = tl.program_id(0)

@@ -13,7 +13,7 @@ def case(inputs, outputs, dtype, noise, aligned=True):
         "inputs": ("*fp32", *(f"*{dtype}",) * (inputs - 1)), "strides": ("i32",) * inputs, "outputs": ("*fp32",) * outputs,
         "weights": "*fp32", "size": "i32", "draw": "i32", **({"seeds": "*i64"} if noise else {}),
     }  # fmt: skip
-    divisible = {"inputs", "strides", "outputs", "weights", "size", *(["seeds"] if noise else [])} if aligned else set()
+    divisible = {"inputs", "strides", "outputs", "size", *(["seeds"] if noise else [])} if aligned else set()
     title = f"rows {inputs}x{outputs} {dtype}{' noise' if noise else ''}{' aligned' if aligned else ''}"
     return Case(title, m.rows, types, {"BLOCK": m.block(inputs)}, m.WARPS, divisible)
 
