@@ -143,11 +143,11 @@ class Blocks:
     warps: int
     stages: int
 
-    def options(self, head: int) -> dict[str, Any]:
+    def options(self, head: int, first: bool) -> dict[str, Any]:
         d0, d1 = parts_of_head(head)
         return {
-            "HEAD": head, "D0": d0, "D1": d1, "BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "num_warps": self.warps,
-            "num_stages": self.stages,
+            "HEAD": head, "D0": d0, "D1": d1, "BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "FIRST": first,
+            "num_warps": self.warps, "num_stages": self.stages,
         }  # fmt: skip
 
 
@@ -167,14 +167,14 @@ def backward(
     q, k, v, out, dout = (laid(x, first) for x in (q, k, v, out, dout))
     deltas = torch.empty_like(sums)
     sizes = (factor, factor * math.log2(math.e), heads, queries, keys)
-    fixed = {"FIRST": first, "UPCAST": interpreted() and q.dtype == torch.bfloat16}
+    upcast = interpreted() and q.dtype == torch.bfloat16
     of_queries[(batch * heads * triton.cdiv(queries, OF_QUERIES.block_m),)](
         q, k, v, out, dout, sums, deltas, dq, *sizes, q.stride(), k.stride(), v.stride(), out.stride(), dout.stride(),
-        dq.stride(), **fixed, **OF_QUERIES.options(head),
+        dq.stride(), UPCAST=upcast, **OF_QUERIES.options(head, first),
     )  # fmt: skip
     of_keys[(batch * heads * triton.cdiv(keys, OF_KEYS.block_n),)](
         q, k, v, dout, sums, deltas, dk, dv, *sizes, q.stride(), k.stride(), v.stride(), dout.stride(), dk.stride(),
-        dv.stride(), **fixed, **OF_KEYS.options(head),
+        dv.stride(), UPCAST=upcast, **OF_KEYS.options(head, first),
     )  # fmt: skip
     dq, dk, dv = (x if x is y else y.copy_(x) for x, y in zip(made, found, strict=True))
     return dq, dk, dv

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention import EACH, empty, like, side_by_side, sums_like
-from .tile_triton import existing
+from .tile_triton import existing, registers
 
 # Keys taken at once, by the width that a head takes on chip. More spill, where positions lie side by side: 128 keys of a head of
 # 128 up to 160 bytes on sm_90, 80 of a head of 160 56 bytes on sm_80.
@@ -213,11 +213,12 @@ class Blocks:
             return 128, 64, 8
         return 64, 32 if width < 64 else 64, 4  # 64 keys of a head of 24: 48 bytes on sm_100, of 40: 8
 
-    def options(self, head: int) -> dict[str, Any]:
+    def options(self, head: int, first: bool) -> dict[str, Any]:
         d0, d1 = parts_of_head(head)
         return {
             "HEAD": head, "D0": d0, "D1": d1, "BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "REST": self.rest,
-            "SINGLE": self.single, "ALL_KEYS": self.all_keys, "num_warps": self.warps, "num_stages": self.stages,
+            "SINGLE": self.single, "ALL_KEYS": self.all_keys, "FIRST": first, "num_warps": self.warps, "num_stages": self.stages,
+            "maxnreg": registers(self.warps) if first or not self.all_keys else None,
         }  # fmt: skip
 
 
@@ -256,7 +257,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, residual: Tensor | None, scale: flo
     size = abs(base_two) or SMALLEST  # times -inf, 0 would be NaN
     attend[(batch * heads * triton.cdiv(queries, cut.block_m),)](
         q, k, v, residual, made, sums if sums.ndim == 3 else None, size, heads, queries, k.shape[2], q.stride(), k.stride(),
-        v.stride(), (0, 0, 0, 0) if residual is None else residual.stride(), made.stride(), FIRST=first, NEGATIVE=base_two < 0,
-        UPCAST=interpreted() and q.dtype == torch.bfloat16, **cut.options(head),
+        v.stride(), (0, 0, 0, 0) if residual is None else residual.stride(), made.stride(), NEGATIVE=base_two < 0,
+        UPCAST=interpreted() and q.dtype == torch.bfloat16, **cut.options(head, first),
     )  # fmt: skip
     return out if made is out else out.copy_(made), sums

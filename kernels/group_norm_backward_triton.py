@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .group_norm import Norm, flat, like
 from .group_norm_triton import ONE_READ_BACKWARD, Split, aligned, before_activation, gain_offset, tile
-from .tile_triton import at
+from .tile_triton import at, registers
 
 
 @triton.jit
@@ -127,7 +127,14 @@ def on_chip(per_group: int, positions: int, limit: int) -> dict[str, Any] | None
     """Block sizes and warps of the kernel that reads a group once; None where it does not fit."""
     block_c, block_s = triton.next_power_of_2(per_group), triton.next_power_of_2(positions)
     size = block_c * block_s
-    return {"BLOCK_C": block_c, "BLOCK_S": block_s, "num_warps": min(max(size // 512, 1), 16)} if size <= limit else None
+    warps = min(max(size // 512, 1), 16)
+    return {"BLOCK_C": block_c, "BLOCK_S": block_s, "num_warps": warps, "maxnreg": registers(warps)} if size <= limit else None
+
+
+def blocks_of(cut: Split, wide: bool) -> dict[str, Any]:
+    """The forward's, with all the registers there are."""
+    blocks = cut.blocks(wide)
+    return {**blocks, "maxnreg": registers(blocks["num_warps"])}
 
 
 def backward(
@@ -152,7 +159,7 @@ def backward(
         )  # fmt: skip
         return dx, p, q
     cut = Split.of(channels, positions, v.stride(1) == 1)
-    grid, blocks = cut.grid(batch), cut.blocks(wide)
+    grid, blocks = cut.grid(batch), blocks_of(cut, wide)
     space = torch.empty(2, batch, channels, grid[0], dtype=torch.float32, device=x.device)
     group_p, group_q = torch.empty(2, batch, norm.groups, dtype=torch.float32, device=x.device)
     sums[grid](

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .group_norm import Norm, flat, like
-from .tile_triton import at, existing
+from .tile_triton import at, existing, registers
 
 TILE = 4096  # elements a program of a split kernel holds: 32 a thread with 4 warps
 ONE_READ = 20480  # the largest padded group kept on chip, 40 values a thread: 32768 spills on sm_80, 90 and 100
@@ -222,10 +222,10 @@ class Split:
 
     def blocks(self, wide: bool) -> dict[str, Any]:
         """wide: what is loaded is `aligned`; if not, addresses take the registers of half the elements."""
-        warps = self.block_c * self.block_s // (1024 if wide else 512)
+        warps = max(1, self.block_c * self.block_s // (1024 if wide else 512))
         return {
             "BLOCK_C": self.block_c, "BLOCK_S": self.block_s, "ALL_C": self.channels % self.block_c == 0,
-            "ALL_S": self.positions % self.block_s == 0, "num_warps": max(1, warps),
+            "ALL_S": self.positions % self.block_s == 0, "num_warps": warps, "maxnreg": None if wide else registers(warps),
         }  # fmt: skip
 
     def grid(self, batch: int) -> tuple[int, int, int]:
@@ -260,7 +260,10 @@ def on_chip(per_group: int, positions: int, channels_last: bool, wide: bool) -> 
     if size > limit:
         return None
     warps = min(triton.next_power_of_2(triton.cdiv(size, 1280 if wide else 640)), 16)
-    return {"CHANNELS": per_group, "C0": c0, "C1": c1, "BLOCK_S": block_s, "ALL_S": block_s == positions, "num_warps": warps}
+    return {
+        "CHANNELS": per_group, "C0": c0, "C1": c1, "BLOCK_S": block_s, "ALL_S": block_s == positions, "num_warps": warps,
+        "maxnreg": None if wide else registers(warps),
+    }  # fmt: skip
 
 
 def forward(x: Tensor, norm: Norm, residual: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:

@@ -6,6 +6,12 @@ import triton
 import triton.language as tl
 
 
+def registers(warps: int) -> int:
+    """`maxnreg` of a launch: all that a thread may have. Unless told, the assembler would rather spill 8 bytes than leave an SM
+    with a program less."""
+    return min(255, 65_536 // (32 * warps))
+
+
 @triton.jit
 def at(rows, columns, row_step, column_step):
     """Offsets of a tile; 32 bits where the steps are, which halves the registers they take."""

@@ -17,17 +17,17 @@ SIZES = ((4096, 4096), (4097, 4097), (1024, 1024), (1000, 1000), (256, 256), (12
 def case(kernel, cut, head, title, dtype="bf16", channels_first=False, elements=0, **constants):
     """The contiguous stride is the constant 1, as Triton specialises it: a head's elements, or, channels first, the positions.
     The launcher promises multiples of 8 in the others, of which Triton knows nothing: 40, from head to head, is none of 16."""
-    options = cut.options(head)
+    options = cut.options(head, channels_first)
     steps = ("i32", "i32", "constexpr", "i32") if channels_first else ("i32", "i32", "i32", "constexpr")
     strides = [name for name in kernel.arg_names if name.endswith("_steps")]
     types = {name: f"*{dtype}" for name in kernel.arg_names if name in TENSORS}
     types |= {name: "*fp32" for name in kernel.arg_names if name in FLOATS and head <= BACKWARD}
     divisible = {*types, *(SITE if elements else ())}
     types |= {name: kind for name, kind in NUMBERS.items() if name in kernel.arg_names} | dict.fromkeys(strides, steps)
-    constants |= {k: v for k, v in options.items() if not k.startswith("num_")} | {"UPCAST": False, "FIRST": channels_first}
+    constants |= {k: v for k, v in options.items() if k in kernel.arg_names} | {"UPCAST": False}
     constants |= {(name, steps.index("constexpr")): 1 for name in strides}
     title = f"{title} {dtype}{' channels first' if channels_first else ''}"
-    return Case(title, kernel, types, constants, cut.warps, divisible, cut.stages, elements)
+    return Case(title, kernel, types, constants, cut.warps, divisible, cut.stages, elements, options.get("maxnreg"))
 
 
 def forward(head, queries, keys, *how, **more):

@@ -32,6 +32,7 @@ class Case:
     divisible: set[str]  # by 16, of which Triton makes a variant of its own
     num_stages: int = 3  # Triton's default
     elements: int = 0  # of a thread, at a U-Net's site: the instructions of the kernel or of its loop are held to their number
+    maxnreg: int | None = None  # registers of a thread, at most
 
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -71,7 +72,7 @@ def resources(case, architecture):
     fixed |= {(names.index(k[0]), k[1]): v for k, v in case.constants.items() if isinstance(k, tuple)}
     attrs = {path: [["tt.divisibility", 16]] for name in case.divisible for path in paths(names.index(name), case.types[name])}
     source = ASTSource(case.kernel, signature=signature, constexprs=fixed, attrs=attrs)
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": case.maxnreg}
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

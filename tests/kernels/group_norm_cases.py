@@ -19,6 +19,7 @@ OPTIONAL = {"residual", "weight", "bias", "scale", "shift", "total", "dtotal"}
 AT_A_SITE = {"residual", "scale", "shift", "total"}  # what benches/gpu_ops.py leaves out
 SIZES = {"positions", "channels"}
 SPLIT = {"moments": forward.moments, "apply": forward.apply, "sums": backward.sums, "apply_backward": backward.apply_backward}
+BACKWARD = (backward.sums, backward.apply_backward)
 
 
 def case(name, kernel, dtype, channels_last, blocks, aligned=True, without=(), site=False):
@@ -27,8 +28,7 @@ def case(name, kernel, dtype, channels_last, blocks, aligned=True, without=(), s
 
     The contiguous stride is the constant 1, as Triton specialises it.
     """
-    constants = {"SILU": True, **{k: v for k, v in blocks.items() if k != "num_warps"}}
-    constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
+    constants = {k: v for k, v in {"SILU": True, **blocks}.items() if k in kernel.arg_names}
     types = {}
     for argument in kernel.arg_names:
         if argument in without:
@@ -51,7 +51,8 @@ def case(name, kernel, dtype, channels_last, blocks, aligned=True, without=(), s
     words = (name, dtype, "nhwc" if channels_last else "nchw", f"{channels}x{positions}", "aligned" * aligned,
              "whole" * blocks.get("ALL_S", False), "site" * site, "bare" * (without == OPTIONAL))  # fmt: skip
     elements = channels * positions // (32 * warps) if site else 0
-    return Case(" ".join(filter(None, words)), kernel, types, constants, warps, divisible, elements=elements)
+    return Case(" ".join(filter(None, words)), kernel, types, constants, warps, divisible, elements=elements,
+                maxnreg=blocks.get("maxnreg"))  # fmt: skip
 
 
 def largest(on_chip, per_group, *how):
@@ -90,10 +91,11 @@ def cases(everything):
         shapes = [(320, 4096)] + ([(3, 70), (321, 4095), (1280, 1024)] if everything else [])
         for (name, kernel), (channels, positions) in product(SPLIT.items(), shapes):
             cut = forward.Split.of(channels, positions, channels_last)
-            yield case(name, kernel, dtype, channels_last, cut.blocks(True))
+            wide, narrow = (backward.blocks_of(cut, w) if kernel in BACKWARD else cut.blocks(w) for w in (True, False))
+            yield case(name, kernel, dtype, channels_last, wide)
             if everything:
-                yield case(name, kernel, dtype, channels_last, cut.blocks(False), aligned=False)
-                yield case(name, kernel, dtype, channels_last, cut.blocks(True), without=OPTIONAL)
+                yield case(name, kernel, dtype, channels_last, narrow, aligned=False)
+                yield case(name, kernel, dtype, channels_last, wide, without=OPTIONAL)
     yield case("combine", forward.combine, "bf16", False, {"BLOCK": 1024, "BLOCK_C": 128})
     for parts in (1, 8, 64) if everything else (64,):
         yield case("totals", backward.totals, "bf16", False, {"BLOCK_C": 8, "BLOCK": parts})
