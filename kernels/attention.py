@@ -2,9 +2,9 @@
 
 q, k and v are (batch, heads, positions, head) views with any strides: parts of a fused projection, be it (B, S, 3 H d) or
 (B, 3 H d, S), are read in place, and the result lies as the output projection reads it; what cannot be read 16 bytes at a time is
-copied first. `torch.ops.fastdiff.attention` runs the
-Triton kernel of attention_triton.py on a GPU and torch's scaled_dot_product_attention wherever that does not run; `why_not` says
-why.
+copied first. `torch.ops.fastdiff.attention` runs the Triton kernel of attention_triton.py on a GPU and torch's
+scaled_dot_product_attention wherever that does not run; `why_not` says why. Scores times the scale must stay below 1e8, as in
+every kernel that takes the maximum off in the instruction that scales: beyond, float32 rounds an exponent by more than 1.
 
 Where a kernel may run it need not be the faster one: `faster` is what `fastdiff.ops` asks, and it answers by measurement alone.
 """
@@ -102,7 +102,7 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, residual: Tensor | None = None) -> 
     # offsets inside a sample are 32 bits
     given = (q, k, v) if residual is None else (q, k, v, residual)
     spans = [sum((n - 1) * step for n, step in zip(x.shape[1:], x.stride()[1:], strict=True)) for x in given]
-    if max(*spans, q[0].numel()) >= 2**31:
+    if max(*spans, q[0].numel(), k[0].numel()) >= 2**31:
         return "one sample spans 2^31 elements or more"
     return None
 

@@ -69,12 +69,12 @@ def of_queries(
 ):  # fmt: skip
     """One program a (sample, head, block of queries): dq, and delta (sample, head, position) for the other kernel."""
     blocks = tl.cdiv(queries, BLOCK_M)
-    part, rest = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    b, h = (rest // heads).to(tl.int64), (rest % heads).to(tl.int64)
+    part, pair = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    b, h = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
     q, k, v, dout = here(q, b, h, q_steps), here(k, b, h, k_steps), here(v, b, h, v_steps), here(dout, b, h, dout_steps)
     out, dq = here(out, b, h, out_steps), here(dq, b, h, dq_steps)
     m, n = part * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    place, inside = rest.to(tl.int64) * queries + m, m < queries
+    place, inside = pair.to(tl.int64) * queries + m, m < queries
     g0, g1 = halves(dout, m, dout_steps, queries, HEAD, D0, D1, FIRST)
     o0, o1 = halves(out, m, out_steps, queries, HEAD, D0, D1, FIRST)
     delta = tl.sum(g0.to(tl.float32) * o0.to(tl.float32), 1)
@@ -104,12 +104,12 @@ def of_keys(
 ):  # fmt: skip
     """One program a (sample, head, block of keys): dk and dv. Tiles of weights stand on their side, keys by queries."""
     blocks = tl.cdiv(keys, BLOCK_N)
-    part, rest = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    b, h = (rest // heads).to(tl.int64), (rest % heads).to(tl.int64)
+    part, pair = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    b, h = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
     q, k, v, dout = here(q, b, h, q_steps), here(k, b, h, k_steps), here(v, b, h, v_steps), here(dout, b, h, dout_steps)
     dk, dv = here(dk, b, h, dk_steps), here(dv, b, h, dv_steps)
-    sums += rest.to(tl.int64) * queries
-    deltas += rest.to(tl.int64) * queries
+    sums += pair.to(tl.int64) * queries
+    deltas += pair.to(tl.int64) * queries
     m, n = tl.arange(0, BLOCK_M), part * BLOCK_N + tl.arange(0, BLOCK_N)
     k0, k1 = halves(k, n, k_steps, keys, HEAD, D0, D1, FIRST)
     v0, v1 = halves(v, n, v_steps, keys, HEAD, D0, D1, FIRST)

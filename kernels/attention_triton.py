@@ -21,12 +21,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention import EACH, empty, like, side_by_side, sums_like
-from .tile_triton import existing, registers
+from .tile_triton import existing, parts, registers
 
 # Keys taken at once, by the width that a head takes on chip. More spill, where positions lie side by side: 128 keys of a head of
 # 128 up to 160 bytes on sm_90, 80 of a head of 160 56 bytes on sm_80.
 SINGLE = {16: 128, 32: 128, 48: 128, 64: 128, 80: 80, 96: 128, 128: 80, 144: 80, 160: 64}
-SMALLEST = 1e-30  # of a scale: every weight is then 1
+SMALLEST = 1e-30  # of a scale: float32 holds it, and every weight is then 1, of scores up to 1e28
 
 
 @triton.jit
@@ -113,8 +113,8 @@ def attend(
     strides over (sample, head, position, element); scale is in powers of two, log2(e) times softmax's, and without its sign: it
     meets a score in the one instruction that takes the maximum off."""
     blocks = tl.cdiv(queries, BLOCK_M)
-    part, rest = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    b, h = (rest // heads).to(tl.int64), (rest % heads).to(tl.int64)
+    part, pair = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    b, h = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
     q, k, v, out = here(q, b, h, q_steps), here(k, b, h, k_steps), here(v, b, h, v_steps), here(out, b, h, out_steps)
     if residual is not None:
         residual = here(residual, b, h, residual_steps)
@@ -152,7 +152,7 @@ def attend(
             out1 = tl.zeros((BLOCK_M, D1), tl.float32)
         for first in range(0, keys, BLOCK_N):
             s = scores(q0, q1, k, first + n, k_steps, keys, HEAD, D0, D1, FIRST, ALL_KEYS, UPCAST)
-            higher = tl.maximum(highest, tl.max(s, 1) * scale)  # finite: every block holds a key
+            higher = tl.maximum(highest, tl.max(s, 1) * scale)  # finite where scores are: every block holds a key
             p = tl.exp2(tl.fma(s, scale, -higher[:, None]))
             fade = tl.exp2(highest - higher)
             total = tl.fma(total, fade, tl.sum(p, 1))
@@ -162,24 +162,16 @@ def attend(
                 out1 = out1 * fade[:, None] + more1
             highest = higher
     if sums is not None:
-        tl.store(sums + rest.to(tl.int64) * queries + m, highest + tl.log2(total), m < queries)
+        tl.store(sums + pair.to(tl.int64) * queries + m, highest + tl.log2(total), m < queries)
     store(out0 / total[:, None], residual, out, m, tl.arange(0, D0), residual_steps, out_steps, queries, HEAD, FIRST, D0 <= HEAD)
     if D1:
         d1 = D0 + tl.arange(0, D1)
         store(out1 / total[:, None], residual, out, m, d1, residual_steps, out_steps, queries, HEAD, FIRST, D0 + D1 <= HEAD)
 
 
-def parts(size: int) -> tuple[int, int]:
-    """A size as one or two powers of two, 16 at least, that hold it with the fewest empty places."""
-    whole = max(16, triton.next_power_of_2(size))
-    half = whole // 2
-    rest = max(16, triton.next_power_of_2(max(size - half, 1)))
-    return (half, rest) if 16 <= half < size and half + rest < whole else (whole, 0)
-
-
 def parts_of_head(head: int) -> tuple[int, int]:
-    """Above 160 as one: 128 and 64 spill on sm_80 (56 bytes)."""
-    return parts(head) if head <= 160 else (triton.next_power_of_2(head), 0)
+    """Tensor cores sum over 16 at least. Above 160 as one: 128 and 64 spill on sm_80 (56 bytes)."""
+    return parts(head, 16) if head <= 160 else (triton.next_power_of_2(head), 0)
 
 
 @dataclass(frozen=True)
@@ -198,7 +190,7 @@ class Blocks:
     def of(cls, head: int, queries: int, keys: int) -> Blocks:
         width = sum(parts_of_head(head))
         if keys <= SINGLE.get(width, 0):
-            n, rest = parts(keys)
+            n, rest = parts(keys, 16)
             # 4 warps: 72 bytes on sm_100, channels first
             return cls(64, n, rest, True, keys == n + rest, 8 if width == n + rest == 64 else 4, 1)
         block_m, block_n, warps = cls.looping(width, queries)
@@ -254,7 +246,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, residual: Tensor | None, scale: flo
     residual = None if residual is None else laid(residual, first)
     cut = Blocks.of(head, queries, k.shape[2])
     base_two = (head**-0.5 if scale is None else scale) * math.log2(math.e)
-    size = abs(base_two) or SMALLEST  # times -inf, 0 would be NaN
+    size = max(abs(base_two), SMALLEST)  # times -inf, 0 would be NaN
     attend[(batch * heads * triton.cdiv(queries, cut.block_m),)](
         q, k, v, residual, made, sums if sums.ndim == 3 else None, size, heads, queries, k.shape[2], q.stride(), k.stride(),
         v.stride(), (0, 0, 0, 0) if residual is None else residual.stride(), made.stride(), NEGATIVE=base_two < 0,

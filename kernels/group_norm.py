@@ -103,7 +103,7 @@ def backward_reference(
     return dx.to(x.dtype).contiguous(memory_format=layout(x)), p.reshape(batch, channels), q.reshape(batch, channels)
 
 
-def why_not(x: Tensor, norm: Norm) -> str | None:
+def why_not(x: Tensor, norm: Norm, residual: Tensor | None = None) -> str | None:
     """Why the kernels do not take this input and the torch reference runs instead; None where they run."""
     if reason := missing_triton(x.device):
         return reason
@@ -112,9 +112,10 @@ def why_not(x: Tensor, norm: Norm) -> str | None:
     if x.numel() == 0:
         return "the input is empty"
     # offsets inside a sample are 32 bits, in x and in the dense results
-    if max(sum((n - 1) * step for n, step in zip(x.shape[1:], x.stride()[1:], strict=True)), x[0].numel()) >= 2**31:
+    steps = [v.stride()[1:] for v in (x, residual) if v is not None]
+    if max(x[0].numel(), *(sum((n - 1) * step for n, step in zip(x.shape[1:], s, strict=True)) for s in steps)) >= 2**31:
         return "one sample spans 2^31 elements or more"
-    if max(x.shape[:2]) > GRID:
+    if max(x.shape[:2]) > GRID or x.shape[0] * norm.groups >= 2**31:
         return f"a launch takes {GRID:,} samples and channels; given {x.shape[0]:,} and {x.shape[1]:,}"
     return None
 
@@ -150,7 +151,7 @@ def _packed(norm: Norm) -> Norm:
 def _forward(x: Tensor, norm: Norm, residual: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """(y, x + residual or None, mean, rstd), by the kernels where they run."""
     check(x, norm, residual)
-    if why_not(x, norm) is None:
+    if why_not(x, norm, residual) is None:
         from .group_norm_triton import forward
 
         with torch.cuda.device(x.device):  # a launch goes to the current device, whatever its tensors say

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .group_norm import Norm, flat, like
 from .group_norm_triton import ONE_READ_BACKWARD, Split, aligned, before_activation, gain_offset, tile
-from .tile_triton import at, registers
+from .tile_triton import at, existing, registers
 
 
 @triton.jit
@@ -44,7 +44,7 @@ def one_read_backward(
     out = pid.to(tl.int64) * per_group + row
     tl.store(p_out + out, p, inside)
     tl.store(q_out + out, q, inside)
-    count = (per_group * positions).to(tl.float32)
+    count = per_group * 1.0 * positions  # either may be a constant of the compiler
     out = rstd * (dz * gain[:, None] - tl.sum(gain * p, 0) / count - v * (tl.sum(gain * q, 0) / count))
     if dtotal is not None:
         out += tl.load(dtotal + b * yb + start * yc + at(row, s, yc, ys), mask, other=0.0).to(tl.float32)
@@ -53,30 +53,37 @@ def one_read_backward(
 
 @triton.jit
 def sums(
-    x, dy, weight, bias, scale, shift, mean_in, rstd_in, p_out, q_out, channels, groups, positions,
+    x, dy, weight, bias, scale, shift, mean_in, rstd_in, p_out, q_out, channels, groups, positions, tiles,
     xb, xc, xs, yb, yc, ys, scale_row, shift_row, SILU: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
     ALL_C: tl.constexpr, ALL_S: tl.constexpr,
 ):  # fmt: skip
-    """p and q of each channel over a tile's positions, into (B, C, parts)."""
-    b, c, s, inside, mask = tile(channels, positions, BLOCK_C, BLOCK_S, ALL_C, ALL_S)
+    """p and q of each channel over a split of `tiles` tiles, into (B, C, splits)."""
+    split = tl.program_id(0)
+    b, c, s, inside, mask = tile(split * tiles, channels, positions, BLOCK_C, BLOCK_S, ALL_C, ALL_S)
     group = b * groups + c // (channels // groups)
     mean, rstd = tl.load(mean_in + group, inside, other=0.0), tl.load(rstd_in + group, inside, other=0.0)
     gain, offset = gain_offset(b, c, inside, weight, bias, scale, shift, scale_row, shift_row)
-    v = tl.load(x + b * xb + at(c, s, xc, xs), mask, other=0.0).to(tl.float32)
-    v = (v - mean[:, None]) * rstd[:, None]
-    dz = tl.load(dy + b * yb + at(c, s, yc, ys), mask, other=0.0).to(tl.float32)
-    dz = before_activation(dz, v * gain[:, None] + offset[:, None], SILU)
-    out = (b * channels + c) * tl.num_programs(0) + tl.program_id(0)
-    tl.store(p_out + out, tl.sum(dz, 1), inside)
-    tl.store(q_out + out, tl.sum(dz * v, 1), inside)
+    p, q = tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
+    for i in range(tiles):
+        s = (split * tiles + i) * BLOCK_S + tl.arange(0, BLOCK_S)
+        mask = existing(c, s, channels, positions, ALL_C, ALL_S)
+        v = tl.load(x + b * xb + at(c, s, xc, xs), mask, other=0.0).to(tl.float32)
+        v = (v - mean[:, None]) * rstd[:, None]
+        dz = tl.load(dy + b * yb + at(c, s, yc, ys), mask, other=0.0).to(tl.float32)
+        dz = before_activation(dz, v * gain[:, None] + offset[:, None], SILU)
+        p += tl.sum(dz, 1)
+        q += tl.sum(dz * v, 1)
+    out = (b * channels + c) * tl.num_programs(0) + split
+    tl.store(p_out + out, p, inside)
+    tl.store(q_out + out, q, inside)
 
 
 @triton.jit
 def totals(
-    p_in, q_in, weight, bias, scale, shift, p_out, q_out, group_p, group_q, groups, per_group, positions, parts,
+    p_in, q_in, weight, bias, scale, shift, p_out, q_out, group_p, group_q, groups, per_group, positions, splits,
     scale_row, shift_row, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program a (sample, group): p and q of each channel over the parts, and the group's means of gain p and gain q."""
+    """One program a (sample, group): p and q of each channel over the splits, and the group's means of gain p and gain q."""
     pid = tl.program_id(0)
     b, first = (pid // groups).to(tl.int64), (pid % groups) * per_group
     start = pid.to(tl.int64) * per_group
@@ -86,17 +93,17 @@ def totals(
         inside = row < per_group
         gain, _ = gain_offset(b, first + row, inside, weight, bias, scale, shift, scale_row, shift_row)
         p, q = tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
-        for past in range(0, parts, BLOCK):
-            part = past + tl.arange(0, BLOCK)
-            held = ((start + row) * parts)[:, None] + part[None, :]
-            mask = inside[:, None] & (part < parts)[None, :]
+        for past in range(0, splits, BLOCK):
+            split = past + tl.arange(0, BLOCK)
+            held = ((start + row) * splits)[:, None] + split[None, :]
+            mask = inside[:, None] & (split < splits)[None, :]
             p += tl.sum(tl.load(p_in + held, mask, other=0.0), 1)
             q += tl.sum(tl.load(q_in + held, mask, other=0.0), 1)
         tl.store(p_out + start + row, p, inside)
         tl.store(q_out + start + row, q, inside)
         gp += gain * p  # p and q are zero where gain is not masked
         gq += gain * q
-    count = (per_group * positions).to(tl.float32)
+    count = per_group * 1.0 * positions  # either may be a constant of the compiler
     tl.store(group_p + pid, tl.sum(gp, 0) / count)
     tl.store(group_q + pid, tl.sum(gq, 0) / count)
 
@@ -108,7 +115,7 @@ def apply_backward(
     ALL_C: tl.constexpr, ALL_S: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of channels and positions: dx from the group's means."""
-    b, c, s, inside, mask = tile(channels, positions, BLOCK_C, BLOCK_S, ALL_C, ALL_S)
+    b, c, s, inside, mask = tile(tl.program_id(0), channels, positions, BLOCK_C, BLOCK_S, ALL_C, ALL_S)
     group = b * groups + c // (channels // groups)
     mean, rstd = tl.load(mean_in + group, inside, other=0.0), tl.load(rstd_in + group, inside, other=0.0)
     p, q = tl.load(group_p + group, inside, other=0.0), tl.load(group_q + group, inside, other=0.0)
@@ -147,7 +154,8 @@ def backward(
     given = [None if d is None else flat(torch.empty_strided(x.shape, layout, dtype=d.dtype, device=d.device).copy_(d))
              if d.stride() != layout else flat(d) for d in (dy, dtotal)]  # fmt: skip
     batch, channels, positions = v.shape
-    p, q = torch.empty(2, batch, channels, dtype=torch.float32, device=x.device)
+    p = torch.empty(batch, channels, dtype=torch.float32, device=x.device)
+    q = torch.empty_like(p)  # an op may not return two parts of one tensor
     affine, rows = (norm.weight, norm.bias, norm.scale, norm.shift), norm.rows
     per_group = channels // norm.groups
     strides = (*v.stride(), *out.stride())
@@ -159,18 +167,18 @@ def backward(
         )  # fmt: skip
         return dx, p, q
     cut = Split.of(channels, positions, v.stride(1) == 1)
-    grid, blocks = cut.grid(batch), blocks_of(cut, wide)
+    grid, blocks = cut.grid(batch, cut.tiles), blocks_of(cut, wide)
     space = torch.empty(2, batch, channels, grid[0], dtype=torch.float32, device=x.device)
     group_p, group_q = torch.empty(2, batch, norm.groups, dtype=torch.float32, device=x.device)
     sums[grid](
-        v, given[0], *affine, mean, rstd, space[0], space[1], channels, norm.groups, positions, *strides, *rows, SILU=norm.silu,
-        **blocks,
+        v, given[0], *affine, mean, rstd, space[0], space[1], channels, norm.groups, positions, cut.tiles, *strides, *rows,
+        SILU=norm.silu, **blocks,
     )  # fmt: skip
     totals[(batch * norm.groups,)](
         space[0], space[1], *affine, p, q, group_p, group_q, norm.groups, per_group, positions, grid[0], *rows, BLOCK_C=8,
         BLOCK=min(triton.next_power_of_2(grid[0]), 64),
     )  # fmt: skip
-    apply_backward[grid](
+    apply_backward[cut.grid(batch)](
         v, *given, *affine, mean, rstd, group_p, group_q, dx, channels, norm.groups, positions, *strides, *rows, SILU=norm.silu,
         **blocks,
     )  # fmt: skip

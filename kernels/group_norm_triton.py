@@ -6,7 +6,7 @@ inputs. A group that fits on chip is read once (`one_read`). A larger one is spl
 normalises. No atomics, and no choice depends on the batch size: a sample's result is bit-equal alone and among others.
 Statistics are two-pass in float32; pairs are joined by Chan, Golub and LeVeque (1979), eq. 2.1.
 
-In half precision an H200 moves an element of one_read in the time in which it issues 32 instructions, so these kernels count
+In half precision an H200 moves an element of one_read in the time in which it issues 28 instructions, so these kernels count
 them: benches/README.md says how many, tests/kernels holds them to it.
 """
 
@@ -21,9 +21,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .group_norm import Norm, flat, like
-from .tile_triton import at, existing, registers
+from .tile_triton import at, existing, parts, registers
 
 TILE = 4096  # elements a program of a split kernel holds: 32 a thread with 4 warps
+SPLITS = 256  # of a channel's positions, at most: one program joins those of a whole group
 ONE_READ = 20480  # the largest padded group kept on chip, 40 values a thread: 32768 spills on sm_80, 90 and 100
 ONE_READ_LAST = 16384  # the same in channels-last: 20480 spills
 ONE_READ_NARROW = 10240  # the same, 20 values a thread, where addresses and masks take registers
@@ -60,8 +61,8 @@ def load_sum(x, residual, total, c, s, xc, xs, rc, rs, yc, ys, mask):
 
 @triton.jit
 def activated(v, y, SILU: tl.constexpr):
-    """What is stored in y: SiLU of v, or v. In half precision the sigmoid is a square, to 2e-7 of itself in 6 instructions: the
-    division and the exponential of denormals would cost 7 more."""
+    """What is stored in y: SiLU of v, or v. In half precision the sigmoid is a square, to 4e-7 of itself (4e-6 at -86) in 6
+    instructions: the division and the exponential of denormals would cost 7 more."""
     if SILU:
         if y.dtype.element_ty == tl.float32:
             v *= tl.sigmoid(v)
@@ -99,7 +100,7 @@ def one_read(
     inside0, inside1 = c0 < CHANNELS, c1 < CHANNELS
     mask0 = existing(c0, s, CHANNELS, positions, C0 <= CHANNELS, ALL_S)
     mask1 = existing(c1, s, CHANNELS, positions, C0 + C1 <= CHANNELS, ALL_S)
-    count = (CHANNELS * positions).to(tl.float32)
+    count = CHANNELS * 1.0 * positions  # either may be a constant of the compiler
     v0 = load_sum(x, residual, total, c0, s, xc, xs, rc, rs, yc, ys, mask0)
     mean, v1 = tl.sum(v0), v0
     if C1:
@@ -124,57 +125,80 @@ def one_read(
 
 
 @triton.jit
-def tile(channels, positions, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ALL_C: tl.constexpr, ALL_S: tl.constexpr):
-    """Of a split kernel's program (part, block of channels, sample): its sample, channels and positions, and which exist."""
+def tile(part, channels, positions, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ALL_C: tl.constexpr, ALL_S: tl.constexpr):
+    """Of a split kernel's program (.., block of channels, sample): its sample, channels and positions, and which exist."""
     b = tl.program_id(2).to(tl.int64)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+    s = part * BLOCK_S + tl.arange(0, BLOCK_S)
     return b, c, s, c < channels, existing(c, s, channels, positions, ALL_C, ALL_S)
 
 
 @triton.jit
-def moments(
-    x, residual, total, means, squares, channels, positions, xb, xc, xs, rb, rc, rs, yb, yc, ys,
+def moments_of(
+    part, x, residual, total, channels, positions, xb, xc, xs, rb, rc, rs, yb, yc, ys,
     BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ALL_C: tl.constexpr, ALL_S: tl.constexpr,
 ):  # fmt: skip
-    """Mean and sum of squared deviations of each channel over a tile's positions, into (B, C, parts)."""
-    b, c, s, inside, mask = tile(channels, positions, BLOCK_C, BLOCK_S, ALL_C, ALL_S)
-    part = tl.program_id(0)
+    """Positions of a tile; mean and sum of squared deviations of each of its channels over them."""
+    b, c, s, _, mask = tile(part, channels, positions, BLOCK_C, BLOCK_S, ALL_C, ALL_S)
     x += b * xb
     if residual is not None:
         residual += b * rb
         total += b * yb
     v = load_sum(x, residual, total, c, s, xc, xs, rc, rs, yc, ys, mask)
-    mean = tl.sum(v, 1) / tl.minimum(positions - part * BLOCK_S, BLOCK_S).to(tl.float32)
+    count = tl.maximum(tl.minimum(positions - part * BLOCK_S, BLOCK_S), 0).to(tl.float32)
+    mean = tl.sum(v, 1) / tl.maximum(count, 1.0)
     v = tl.where(mask, v - mean[:, None], 0.0)
-    out = (b * channels + c) * tl.num_programs(0) + part
-    tl.store(means + out, mean, inside)
-    tl.store(squares + out, tl.sum(v * v, 1), inside)
+    return count, mean, tl.sum(v * v, 1)
+
+
+@triton.jit
+def moments(
+    x, residual, total, means, squares, channels, positions, tiles, xb, xc, xs, rb, rc, rs, yb, yc, ys,
+    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ALL_C: tl.constexpr, ALL_S: tl.constexpr,
+):  # fmt: skip
+    """Mean and sum of squared deviations of each channel over a split of `tiles` tiles, into (B, C, splits)."""
+    split = tl.program_id(0)
+    seen, mean, square = moments_of(
+        split * tiles, x, residual, total, channels, positions, xb, xc, xs, rb, rc, rs, yb, yc, ys, BLOCK_C, BLOCK_S, ALL_C, ALL_S
+    )
+    for i in range(1, tiles):
+        count, here_mean, here_square = moments_of(
+            split * tiles + i, x, residual, total, channels, positions, xb, xc, xs, rb, rc, rs, yb, yc, ys, BLOCK_C, BLOCK_S,
+            ALL_C, ALL_S,
+        )  # fmt: skip
+        apart, share = here_mean - mean, count / (seen + count)
+        square += here_square + apart * apart * (seen * share)
+        mean += apart * share
+        seen += count
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    out = (tl.program_id(2).to(tl.int64) * channels + c) * tl.num_programs(0) + split
+    tl.store(means + out, mean, c < channels)
+    tl.store(squares + out, square, c < channels)
 
 
 @triton.jit
 def combine(
     means, squares, weight, bias, scale, shift, mean_out, rstd_out, center, factor, offset_out, groups, per_group, positions,
-    parts, chunk, eps, scale_row, shift_row, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
+    splits, chunk, eps, scale_row, shift_row, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One program a (sample, group): its channels' and parts' moments to mean and 1 / standard deviation, in order; and what
+    """One program a (sample, group): its channels' and splits' moments to mean and 1 / standard deviation, in order; and what
     `apply` needs of each channel, into (B, C)."""
     pid = tl.program_id(0)
     b, first = (pid // groups).to(tl.int64), (pid % groups) * per_group
     row = pid.to(tl.int64) * per_group
-    size, count = per_group * parts, (per_group * positions).to(tl.float32)
+    size, count = per_group * splits, per_group * 1.0 * positions
     weighted = tl.zeros((BLOCK,), tl.float32)
     for done in range(0, size, BLOCK):
         i = done + tl.arange(0, BLOCK)
-        held = tl.minimum(positions - (i % parts) * chunk, chunk).to(tl.float32)
-        weighted += held * tl.load(means + row * parts + i, i < size, other=0.0)
+        held = tl.minimum(positions - (i % splits) * chunk, chunk).to(tl.float32)
+        weighted += held * tl.load(means + row * splits + i, i < size, other=0.0)
     mean = tl.sum(weighted, 0) / count
     square = tl.zeros((BLOCK,), tl.float32)
     for done in range(0, size, BLOCK):
         i = done + tl.arange(0, BLOCK)
-        held = tl.minimum(positions - (i % parts) * chunk, chunk).to(tl.float32)
-        apart = tl.load(means + row * parts + i, i < size, other=0.0) - mean
-        square += tl.where(i < size, tl.load(squares + row * parts + i, i < size, other=0.0) + held * apart * apart, 0.0)
+        held = tl.minimum(positions - (i % splits) * chunk, chunk).to(tl.float32)
+        apart = tl.load(means + row * splits + i, i < size, other=0.0) - mean
+        square += tl.where(i < size, tl.load(squares + row * splits + i, i < size, other=0.0) + held * apart * apart, 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(square, 0) / count + eps)
     tl.store(mean_out + pid, mean)
     tl.store(rstd_out + pid, rstd)
@@ -193,7 +217,7 @@ def apply(
     SILU: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ALL_C: tl.constexpr, ALL_S: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of channels and positions: the second read, and the write."""
-    b, c, s, inside, mask = tile(channels, positions, BLOCK_C, BLOCK_S, ALL_C, ALL_S)
+    b, c, s, inside, mask = tile(tl.program_id(0), channels, positions, BLOCK_C, BLOCK_S, ALL_C, ALL_S)
     row = b * channels + c
     v = tl.load(x + b * xb + at(c, s, xc, xs), mask, other=0.0).to(tl.float32)
     mean, gain, add = tl.load(center + row, inside), tl.load(factor + row, inside), tl.load(offset + row, inside)
@@ -209,16 +233,20 @@ class Split:
     positions: int
     block_c: int
     block_s: int
+    tiles: int  # of a split: one, until a channel would have more than SPLITS
 
     @classmethod
     def of(cls, channels: int, positions: int, channels_last: bool) -> Split:
-        """The contiguous axis takes 64 channels or all of a tile's positions, and the other what is left of the tile: a sum
-        over the positions of one channel needs fewer exchanges between threads than sums of several."""
+        """The contiguous axis takes 64 channels or as many positions as fill a tile, and the other what is left of the tile: a
+        sum over the positions of one channel needs fewer exchanges between threads than sums of several."""
         if channels_last:
             block_c = min(triton.next_power_of_2(channels), 64)
-            return cls(channels, positions, block_c, min(triton.next_power_of_2(positions), TILE // block_c))
-        block_s = min(triton.next_power_of_2(positions), TILE)
-        return cls(channels, positions, min(triton.next_power_of_2(channels), TILE // block_s), block_s)
+            block_s = min(triton.next_power_of_2(positions), TILE // block_c)
+        else:
+            filled = [n for n in (TILE, TILE // 2) if -positions % n <= positions // 8]
+            block_s = filled[0] if filled else min(triton.next_power_of_2(positions), TILE // 4)
+            block_c = min(triton.next_power_of_2(channels), TILE // block_s)
+        return cls(channels, positions, block_c, block_s, triton.cdiv(triton.cdiv(positions, block_s), SPLITS))
 
     def blocks(self, wide: bool) -> dict[str, Any]:
         """wide: what is loaded is `aligned`; if not, addresses take the registers of half the elements."""
@@ -228,9 +256,9 @@ class Split:
             "ALL_S": self.positions % self.block_s == 0, "num_warps": warps, "maxnreg": None if wide else registers(warps),
         }  # fmt: skip
 
-    def grid(self, batch: int) -> tuple[int, int, int]:
-        """Programs: parts of the positions, blocks of channels, samples."""
-        return triton.cdiv(self.positions, self.block_s), triton.cdiv(self.channels, self.block_c), batch
+    def grid(self, batch: int, tiles: int = 1) -> tuple[int, int, int]:
+        """Programs of so many tiles of positions: those, blocks of channels, samples."""
+        return triton.cdiv(self.positions, self.block_s * tiles), triton.cdiv(self.channels, self.block_c), batch
 
 
 def aligned(*tensors: Tensor | None) -> bool:
@@ -238,14 +266,6 @@ def aligned(*tensors: Tensor | None) -> bool:
     given = [v for v in tensors if v is not None]
     along = given[0].shape[1] if given[0].stride(1) == 1 else given[0].shape[2]
     return along % 16 == 0 and all(v.data_ptr() % 16 == 0 and all(n == 1 or n % 16 == 0 for n in v.stride()) for v in given)
-
-
-def parts(channels: int) -> tuple[int, int]:
-    """A group's channels as one or two powers of two that hold them with the fewest empty places: 10 = 8 + 2, 40 = 32 + 8."""
-    whole = triton.next_power_of_2(channels)
-    half = whole // 2
-    rest = triton.next_power_of_2(max(channels - half, 1))
-    return (half, rest) if half + rest < whole else (whole, 0)
 
 
 def on_chip(per_group: int, positions: int, channels_last: bool, wide: bool) -> dict[str, Any] | None:
@@ -288,17 +308,19 @@ def forward(x: Tensor, norm: Norm, residual: Tensor | None = None) -> tuple[Tens
         )  # fmt: skip
         return y, total, mean, rstd
     cut = Split.of(channels, positions, channels_last)
-    grid = cut.grid(batch)
-    space = torch.empty(2 * grid[0] + 3, batch, channels, dtype=torch.float32, device=x.device)
-    means, squares, *per_channel = space[0], space[grid[0]], *space[2 * grid[0] :]
-    blocks = cut.blocks(wide)
-    moments[grid](v, r, total, means, squares, channels, positions, *v.stride(), *strides_r, *out.stride(), **blocks)
+    grid, blocks = cut.grid(batch, cut.tiles), cut.blocks(wide)
+    splits = grid[0]
+    space = torch.empty(2 * splits + 3, batch, channels, dtype=torch.float32, device=x.device)
+    means, squares, *per_channel = space[0], space[splits], *space[2 * splits :]
+    moments[grid](
+        v, r, total, means, squares, channels, positions, cut.tiles, *v.stride(), *strides_r, *out.stride(), **blocks
+    )  # fmt: skip
     combine[(batch * norm.groups,)](
-        means, squares, *affine, mean, rstd, *per_channel, norm.groups, per_group, positions, grid[0], cut.block_s, norm.eps,
-        *rows, BLOCK=1024, BLOCK_C=128,
+        means, squares, *affine, mean, rstd, *per_channel, norm.groups, per_group, positions, splits, cut.tiles * cut.block_s,
+        norm.eps, *rows, BLOCK=1024, BLOCK_C=128,
     )  # fmt: skip
     source = v if total is None else flat(total)
-    apply[grid](
+    apply[cut.grid(batch)](
         source, y, *per_channel, channels, positions, *source.stride(), *out.stride(), SILU=norm.silu, **blocks
     )  # fmt: skip
     return y, total, mean, rstd

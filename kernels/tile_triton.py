@@ -12,6 +12,14 @@ def registers(warps: int) -> int:
     return min(255, 65_536 // (32 * warps))
 
 
+def parts(size: int, least: int = 1) -> tuple[int, int]:
+    """A size as one or two powers of two, `least` at least, that hold it with the fewest empty places: 40 = 32 + 8."""
+    whole = max(least, triton.next_power_of_2(size))
+    half = whole // 2
+    rest = max(least, triton.next_power_of_2(max(size - half, 1)))
+    return (half, rest) if least <= half < size and half + rest < whole else (whole, 0)
+
+
 @triton.jit
 def at(rows, columns, row_step, column_step):
     """Offsets of a tile; 32 bits where the steps are, which halves the registers they take."""

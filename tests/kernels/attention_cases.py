@@ -32,7 +32,7 @@ def case(kernel, cut, head, title, dtype="bf16", channels_first=False, elements=
 
 def forward(head, queries, keys, *how, **more):
     cut = m.Blocks.of(head, queries, keys)
-    return case(m.attend, cut, head, f"attend {head} {queries}x{keys}", *how, NEGATIVE=False, **more)
+    return case(m.attend, cut, head, f"attend {head} {queries}x{keys}", *how, **{"NEGATIVE": False, **more})
 
 
 def at_site(head, positions):
@@ -51,6 +51,7 @@ def cases(everything):
     yield at_site(80, 1024)
     yield forward(80, 1024, 128)
     yield forward(160, 256, 256)
+    yield forward(40, 256, 77, NEGATIVE=True)
     yield from backward(80)
     if everything:
         for head in HEADS:

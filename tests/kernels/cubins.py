@@ -32,6 +32,7 @@ class Case:
     divisible: set[str]  # by 16, of which Triton makes a variant of its own
     num_stages: int = 3  # Triton's default
     elements: int = 0  # of a thread, at a U-Net's site: the instructions of the kernel or of its loop are held to their number
+    most: float = 0.0  # instructions an element
     maxnreg: int | None = None  # registers of a thread, at most
 
 
@@ -40,6 +41,8 @@ ARCHITECTURES = (80, 90, 100)
 
 
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/ +(?!NOP)(?:@!?U?P\w+ +)?[A-Z]")  # at its address; NOPs fill up the last lines
+
+NARROW = re.compile(r"(?:LDG|STG)\.E\.[US](?:8|16)")
 
 
 def run(tool, *arguments):
@@ -82,8 +85,8 @@ def resources(case, architecture):
     found = {name: int(v) for name, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
     return {
         "registers": found["REG"], "spill": found["STACK"] + found["LOCAL"], "shared": compiled.metadata.shared,
-        "threads": 32 * case.num_warps, "elements": case.elements, "instructions": len(INSTRUCTION.findall(code)),
-        "loop": loop(code), "narrow": len(re.findall(r"(?:LDG|STG)\.E\.[US](?:8|16)", code)),
+        "threads": 32 * case.num_warps, "elements": case.elements, "most": case.most,
+        "instructions": len(INSTRUCTION.findall(code)), "loop": loop(code), "narrow": len(NARROW.findall(code)),
     }  # fmt: skip
 
 

@@ -62,7 +62,7 @@ def test_cross_residual_and_scale(kernel):
     agree(kernel, q, k, v, draw(2, 2, 33, 40, seed=9, dtype=q.dtype), 0.3)
 
 
-@pytest.mark.parametrize("scale", [-0.4, 0.0])
+@pytest.mark.parametrize("scale", [-0.4, 0.0, 1e-46])
 @pytest.mark.parametrize("keys", [32, 37])
 def test_scales_that_are_not_positive(kernel, loop, scale, keys):
     agree(kernel, *tensors(1, 2, 9, keys, 24), scale=scale)
@@ -139,8 +139,8 @@ def test_any_shape(kernel, data):
 def test_compiled_kernel_does_not_spill(everything):
     """99 KB of shared memory are what a program may have on the smallest of these GPUs (sm_86)."""
     found = compiled("attention", everything)
-    assert all(f["shared"] <= 99 * 1024 and f["narrow"] == 0 for f in found), "tiles must be loaded 8 or 16 bytes at a time"
+    assert all(f["shared"] <= 99 * 1024 and f["narrow"] == 0 for f in found)  # no load of two bytes
     at_sites = [f for f in found if f["elements"] and f["sm"] < 100]
     assert len(at_sites) == 2 * 2
     for f in at_sites:
-        assert f["loop"] / f["elements"] <= INSTRUCTIONS[int(f["kernel"].split()[1])], f
+        assert 0 < f["loop"] / f["elements"] <= INSTRUCTIONS[int(f["kernel"].split()[1])], f

@@ -1,6 +1,9 @@
 """The Triton kernels of the GroupNorm family, in the interpreter against float64 and through the compiler for three GPUs."""
 
 
+import contextlib
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -11,9 +14,6 @@ from hypothesis import strategies as st
 
 from fastdiff.kernels import group_norm as m
 
-# For an element of bfloat16, at most. An H200 issues 30e12 a second (132 SMs, 4 a cycle, 32 threads, 1.755 GHz) and copies at
-# 4.3e12 bytes a second: in the time in which it moves an element 14, 28 and 28.
-INSTRUCTIONS = {"moments": 13.5, "apply": 13.5, "one_read": 20}
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -23,9 +23,9 @@ def kernels():
     return group_norm_triton, group_norm_backward_triton
 
 
-@pytest.fixture
-def split(monkeypatch):
-    """Nothing fits on chip and tiles are small, so that few programs make several parts and channel blocks."""
+@pytest.fixture(params=[1, 2], ids=["one tile", "two tiles"])
+def split(request, monkeypatch):
+    """Nothing fits on chip and tiles are small, so that few programs make several splits and channel blocks."""
     import triton
 
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9) and tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4):
@@ -33,7 +33,8 @@ def split(monkeypatch):
     forward, backward = kernels()
     monkeypatch.setattr(forward, "on_chip", lambda *_: None)
     monkeypatch.setattr(backward, "ONE_READ_BACKWARD", 0)
-    monkeypatch.setattr(forward.Split, "of", lambda channels, positions, _: forward.Split(channels, positions, 4, 32))
+    small = functools.partial(forward.Split, block_c=4, block_s=32, tiles=request.param)
+    monkeypatch.setattr(forward.Split, "of", lambda channels, positions, _: small(channels, positions))
 
 
 def wide(norm):
@@ -108,11 +109,16 @@ def test_inputs_that_are_views():
     torch.testing.assert_close(y, m.reference(x + added, norm_of(x, 2)))
 
 
-@pytest.mark.parametrize("cut", [False, True])
-def test_no_access_outside(cut, request):
+def test_no_access_outside():
+    no_access_outside()
+
+
+def test_no_access_outside_of_splits(split):
+    no_access_outside()
+
+
+def no_access_outside():
     """Every tensor lies between walls of NaN: what is read beyond one poisons a result, what is written breaks a wall."""
-    if cut:
-        request.getfixturevalue("split")
     forward, _ = kernels()
     x, residual, weight = (guarded(tensor(s, seed=i)) for i, s in enumerate([(1, 6, 5, 7), (1, 6, 5, 7), (6,)]))
     norm = m.Norm(2, weight[1], weight[1], 1e-5, None, None, True)
@@ -141,14 +147,51 @@ def guarded(x):
     return buffer, inner.copy_(x)
 
 
-@pytest.mark.parametrize("cut", [False, True])
-def test_a_sample_does_not_depend_on_its_neighbours(cut, request):
-    if cut:
-        request.getfixturevalue("split")
+def test_a_sample_does_not_depend_on_its_neighbours():
+    alone_and_among_others()
+
+
+def test_a_sample_in_splits_does_not_depend_on_its_neighbours(split):
+    alone_and_among_others()
+
+
+def alone_and_among_others():
     forward, _ = kernels()
     x = tensor((2, 4, 6, 6))
     both = forward.forward(x, norm_of(x, 2, affine="weight"))[0]
     assert torch.equal(forward.forward(x[1:], norm_of(x[1:], 2, affine="weight"))[0], both[1:])
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_the_registered_op_goes_back_by_them(monkeypatch, residual):
+    """As on a GPU: the op's own forward, autograd and backward, with the kernels behind them; torch refuses results that share
+    memory, with an input or with each other."""
+    monkeypatch.setattr(m, "why_not", lambda *given: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    x = tensor((2, 6, 5, 4))
+    inputs = [x, *([tensor(x.shape, seed=1)] if residual else []), *arguments(x, 2)]
+    op = torch.ops.fastdiff.add_group_norm if residual else torch.ops.fastdiff.group_norm
+    torch.library.opcheck(op.default, inputs, test_utils=("test_schema", "test_faketensor"))
+    leaves = [v.requires_grad_() for v in inputs if isinstance(v, torch.Tensor)]
+    got = torch.autograd.grad(op(*inputs)[0].square().sum(), leaves)
+    wide = [v.detach().double().requires_grad_() if isinstance(v, torch.Tensor) else v for v in inputs]
+    total, rest = (wide[0] + wide[1], wide[2:]) if residual else (wide[0], wide[1:])
+    loss = m.reference(total, m.Norm(*rest)).square().sum()
+    right = torch.autograd.grad(loss, [v for v in wide if isinstance(v, torch.Tensor)])
+    for mine, exact in zip(got, right, strict=True):
+        torch.testing.assert_close(mine.double(), exact, rtol=1e-4, atol=1e-4 * exact.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("positions", "channels_last", "want"),
+    [
+        (4096, False, (1, 4096, 1)), (1024, False, (4, 1024, 1)), (9216, False, (2, 2048, 1)), (4225, False, (4, 1024, 1)),
+        (512 * 512, False, (1, 4096, 1)), (512 * 512, True, (64, 64, 16)), (2048 * 2048, False, (1, 4096, 4)),
+    ],
+)  # fmt: skip
+def test_tiles_are_filled_and_a_channel_has_few_splits(positions, channels_last, want):
+    cut = kernels()[0].Split.of(320, positions, channels_last)
+    assert (cut.block_c, cut.block_s, cut.tiles) == want and cut.grid(3, cut.tiles)[0] <= 256
 
 
 def test_statistics_survive_a_large_mean(split):
@@ -163,7 +206,9 @@ def test_statistics_survive_a_large_mean(split):
 
 @pytest.mark.parametrize(("channels", "held"), [(1, 1), (3, 3), (7, 8), (10, 10), (20, 20), (30, 32), (40, 40), (80, 80)])
 def test_parts_hold_a_group_with_little_to_spare(channels, held):
-    assert sum(kernels()[0].parts(channels)) == held
+    from fastdiff.kernels.tile_triton import parts
+
+    assert sum(parts(channels)) == held
 
 
 @pytest.mark.slow
@@ -189,4 +234,4 @@ def test_compiled_kernels_do_not_spill(everything):
     at_sites = [f for f in found if f["elements"]]
     assert len(at_sites) == 3 * 13
     for f in at_sites:
-        assert f["instructions"] / f["elements"] <= INSTRUCTIONS[f["kernel"].split()[0]], f
+        assert 0 < f["instructions"] / f["elements"] <= f["most"], f
