@@ -1,5 +1,6 @@
 """The Triton kernel of attention, in the interpreter against float64 and through the compiler for three GPUs."""
 
+import contextlib
 import math
 
 import pytest
@@ -90,6 +91,20 @@ def test_fused_projections(kernel, length, monkeypatch):
         agree(kernel, q, k, v, m.like(q).copy_(v))
         assert m.like(q).transpose(-1, -2).is_contiguous()
     assert bool(copies) == (length == 9)
+
+
+@pytest.mark.parametrize("columns", [False, True])
+@pytest.mark.parametrize("length", [16, 9])
+def test_the_registered_op_gives_what_its_fake_promises(kernel, length, columns, monkeypatch):
+    """As on a GPU: shapes, strides, and no result that shares memory with an input or another one."""
+    monkeypatch.setattr(m, "why_not", lambda *given: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    q, k, v = tensors(2, 2, length, length, 24)
+    if columns:
+        q, k, v = (x.transpose(2, 3).contiguous().transpose(2, 3) for x in (q, k, v))
+    for residual in (None, m.like(q).copy_(v), v[:1].expand(2, -1, -1, -1)):
+        inputs = (q, k, v, residual, None)
+        torch.library.opcheck(torch.ops.fastdiff.attention.default, inputs, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_views_that_16_bytes_do_not_fit(kernel):

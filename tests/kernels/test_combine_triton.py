@@ -1,9 +1,12 @@
 """The Triton kernel of the sampler's update, in the interpreter against float64 and through the compiler for three GPUs."""
 
+import contextlib
+
 import pytest
 import torch
 from gates import compiled
 
+from fastdiff.kernels import combine as m
 from fastdiff.philox import normals, seed_bits
 
 SEEDS = [0, 2**64 - 1, 12345678901234]
@@ -51,6 +54,28 @@ def test_inputs_that_are_views(kernel):
     agree(kernel.forward(halves, weights, None, 0), halves, weights)
     variance = [x[:, :3] for x in whole]  # the first half of the channels of a network with learned variance
     agree(kernel.forward(variance, weights[:, :2], None, 0), variance, weights[:, :2])
+
+
+@pytest.mark.parametrize("noise", [False, True])
+def test_the_registered_op(kernel, monkeypatch, noise):
+    """As on a GPU: what its fake promises, no results that share memory, and its gradient by the kernel too."""
+    ran = []
+    run = kernel.forward
+    monkeypatch.setattr(m, "why_not", lambda *given: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(kernel, "forward", lambda *given: ran.append(1) or run(*given))
+    inputs, weights = tensors(3, (2, 3, 7), torch.float16), table(2, 3 + noise)
+    seeds = seed_bits(SEEDS[:2]) if noise else None
+    op = torch.ops.fastdiff.combine
+    torch.library.opcheck(op.default, (inputs, weights, seeds, 1), test_utils=("test_schema", "test_faketensor"))
+    leaves = [x.requires_grad_() for x in (*inputs, weights)]
+    ran.clear()
+    out = op(inputs, weights, seeds, 1)
+    got = torch.autograd.grad(out[0].sum() + 2 * out[1].sum(), leaves)
+    assert len(ran) == 2
+    for x, g, by in zip(inputs, got, weights.T, strict=False):
+        torch.testing.assert_close(g, torch.full_like(x, (by[0] + 2 * by[1]).item()))
+    torch.testing.assert_close(got[3][1, :3], 2 * torch.stack([x.detach().float().sum() for x in inputs]))
 
 
 @pytest.mark.parametrize("draw", [0, 3, 2**31 - 1])
