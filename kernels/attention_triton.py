@@ -193,15 +193,16 @@ class Blocks:
             n, rest = parts(keys, 16)
             # 4 warps: 72 bytes on sm_100, channels first
             return cls(64, n, rest, True, keys == n + rest, 8 if width == n + rest == 64 else 4, 1)
-        block_m, block_n, warps = cls.looping(width, queries)
+        block_m, block_n, warps = cls.looping(width, queries, keys)
         return cls(block_m, block_n, 0, False, keys % block_n == 0, warps, 2)
 
     @staticmethod
-    def looping(width: int, queries: int) -> tuple[int, int, int]:
+    def looping(width: int, queries: int, keys: int) -> tuple[int, int, int]:
         """(queries, keys, warps) of a program that walks over the keys."""
         if width > 128:
             return 64, 32, 4 if width == 160 else 8  # 144 by 4 warps and 160 by 8: 8 and 16 bytes on sm_80
-        if queries >= 2048 and width != 80:  # 8 bytes on sm_100
+        # 80: 8 bytes on sm_100; 128 with masks: 32 bytes on sm_80
+        if queries >= 2048 and width != 80 and (width < 128 or keys % 64 == 0):
             return 128, 64, 8
         return 64, 32 if width < 64 else 64, 4  # 64 keys of a head of 24: 48 bytes on sm_100, of 40: 8
 
@@ -210,7 +211,7 @@ class Blocks:
         return {
             "HEAD": head, "D0": d0, "D1": d1, "BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "REST": self.rest,
             "SINGLE": self.single, "ALL_KEYS": self.all_keys, "FIRST": first, "num_warps": self.warps, "num_stages": self.stages,
-            "maxnreg": registers(self.warps) if first or not self.all_keys else None,
+            "maxnreg": registers(self.warps) if first or not (self.single or self.all_keys) else None,
         }  # fmt: skip
 
 

@@ -67,8 +67,7 @@ def paths(index, kind):
 
 
 def resources(case, architecture):
-    """Registers a thread, bytes of shared memory a program, bytes of stack and local memory a thread (spills), instructions, and
-    how many of them move two bytes or one."""
+    """What a kernel needs, compiled for an architecture."""
     names = case.kernel.arg_names
     signature = {name: case.types.get(name, "constexpr") for name in names}
     fixed = {name: case.constants.get(name) for name in names if name not in case.types}
@@ -77,6 +76,12 @@ def resources(case, architecture):
     source = ASTSource(case.kernel, signature=signature, constexprs=fixed, attrs=attrs)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": case.maxnreg}
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    return {**measured(compiled), "elements": case.elements, "most": case.most}
+
+
+def measured(compiled):
+    """Registers a thread, bytes of shared memory a program, bytes of stack and local memory a thread (spills), instructions, and
+    how many of them move two bytes or one."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -85,8 +90,8 @@ def resources(case, architecture):
     found = {name: int(v) for name, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
     return {
         "registers": found["REG"], "spill": found["STACK"] + found["LOCAL"], "shared": compiled.metadata.shared,
-        "threads": 32 * case.num_warps, "elements": case.elements, "most": case.most,
-        "instructions": len(INSTRUCTION.findall(code)), "loop": loop(code), "narrow": len(NARROW.findall(code)),
+        "threads": 32 * compiled.metadata.num_warps, "instructions": len(INSTRUCTION.findall(code)), "loop": loop(code),
+        "narrow": len(NARROW.findall(code)),
     }  # fmt: skip
 
 
