@@ -92,13 +92,15 @@ def totals(
         row = done + tl.arange(0, BLOCK_C)
         inside = row < per_group
         gain, _ = gain_offset(b, first + row, inside, weight, bias, scale, shift, scale_row, shift_row)
-        p, q = tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
+        # summed after the loop: Triton 3.6 fails ("loopResult.hasOneUse()") where a sum in an inner loop is used outside twice
+        ps, qs = tl.zeros((BLOCK_C, BLOCK), tl.float32), tl.zeros((BLOCK_C, BLOCK), tl.float32)
         for past in range(0, splits, BLOCK):
             split = past + tl.arange(0, BLOCK)
             held = ((start + row) * splits)[:, None] + split[None, :]
             mask = inside[:, None] & (split < splits)[None, :]
-            p += tl.sum(tl.load(p_in + held, mask, other=0.0), 1)
-            q += tl.sum(tl.load(q_in + held, mask, other=0.0), 1)
+            ps += tl.load(p_in + held, mask, other=0.0)
+            qs += tl.load(q_in + held, mask, other=0.0)
+        p, q = tl.sum(ps, 1), tl.sum(qs, 1)
         tl.store(p_out + start + row, p, inside)
         tl.store(q_out + start + row, q, inside)
         gp += gain * p  # p and q are zero where gain is not masked

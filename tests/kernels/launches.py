@@ -40,10 +40,11 @@ class Driver:
 
 
 def norms():
-    """Stable Diffusion's sites, an odd one, vectors, one channel a group, a video; what is read twice, and channels-last."""
+    """Stable Diffusion's sites, an odd one, vectors, one channel a group, a video; what is read twice, in splits of several
+    tiles too; and channels-last."""
     for shape, groups in (
         ((1, 1280, 16, 16), 32), ((2, 320, 64, 64), 32), ((1, 64, 7, 7), 32), ((3, 32), 32), ((3, 40), 2), ((1, 1, 1, 1), 1),
-        ((1, 32, 2, 8, 8), 32), ((1, 6, 150, 151), 2),
+        ((1, 32, 2, 8, 8), 32), ((1, 6, 150, 151), 2), ((1, 64, 144, 144), 32),
     ):  # fmt: skip
         x = torch.ones(shape, dtype=torch.bfloat16)
         weight, scale = x.new_ones(shape[1]), x.new_ones(shape[0], 2 * shape[1])

@@ -12,7 +12,7 @@ def test_launches_compile(everything):
         "one_read", "moments", "combine", "apply", "one_read_backward", "sums", "totals", "apply_backward",
         "attend", "of_queries", "of_keys", "rows",
     }  # fmt: skip
-    assert len({f["launch"] for f in found}) == 26
+    assert len({f["launch"] for f in found}) == 28
     for f in found:
         if f["launch"].startswith("attention"):
             assert f["narrow"] == 0, f  # a head of 40 and 49 positions side by side, too, are loaded 8 or 16 bytes at a time
