@@ -140,12 +140,6 @@ def on_chip(per_group: int, positions: int, limit: int) -> dict[str, Any] | None
     return {"BLOCK_C": block_c, "BLOCK_S": block_s, "num_warps": warps, "maxnreg": registers(warps)} if size <= limit else None
 
 
-def blocks_of(cut: Split, wide: bool) -> dict[str, Any]:
-    """The forward's, with all the registers there are."""
-    blocks = cut.blocks(wide)
-    return {**blocks, "maxnreg": registers(blocks["num_warps"])}
-
-
 def backward(
     dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, norm: Norm, dtotal: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -162,14 +156,14 @@ def backward(
     per_group = channels // norm.groups
     strides = (*v.stride(), *out.stride())
     wide = aligned(v, out, *given)
-    if blocks := on_chip(per_group, positions, ONE_READ_BACKWARD if wide else ONE_READ_BACKWARD // 2):
+    if blocks := on_chip(per_group, positions, ONE_READ_BACKWARD if wide and v.stride(1) != 1 else ONE_READ_BACKWARD // 2):
         one_read_backward[(batch * norm.groups,)](
             v, *given, *affine, mean, rstd, dx, p, q, norm.groups, per_group, positions, *strides, *rows, SILU=norm.silu,
             **blocks,
         )  # fmt: skip
         return dx, p, q
     cut = Split.of(channels, positions, v.stride(1) == 1)
-    grid, blocks = cut.grid(batch, cut.tiles), blocks_of(cut, wide)
+    grid, blocks = cut.grid(batch, cut.tiles), cut.blocks(wide, all_registers=True)
     space = torch.empty(2, batch, channels, grid[0], dtype=torch.float32, device=x.device)
     group_p, group_q = torch.empty(2, batch, norm.groups, dtype=torch.float32, device=x.device)
     sums[grid](

@@ -28,7 +28,7 @@ SPLITS = 256  # of a channel's positions, at most: one program joins those of a 
 ONE_READ = 20480  # the largest padded group kept on chip, 40 values a thread: 32768 spills on sm_80, 90 and 100
 ONE_READ_LAST = 16384  # the same in channels-last: 20480 spills
 ONE_READ_NARROW = 10240  # the same, 20 values a thread, where addresses and masks take registers
-ONE_READ_BACKWARD = 8192  # two tensors are held: 16384 spills
+ONE_READ_BACKWARD = 8192  # two tensors are held: 16384 spills, and so does 8192 in channels-last
 
 
 @triton.jit
@@ -248,12 +248,13 @@ class Split:
             block_c = min(triton.next_power_of_2(channels), TILE // block_s)
         return cls(channels, positions, block_c, block_s, triton.cdiv(triton.cdiv(positions, block_s), SPLITS))
 
-    def blocks(self, wide: bool) -> dict[str, Any]:
-        """wide: what is loaded is `aligned`; if not, addresses take the registers of half the elements."""
+    def blocks(self, wide: bool, all_registers: bool = False) -> dict[str, Any]:
+        """wide: what is loaded is `aligned`; if not, addresses take the registers of half the elements, and all there are."""
         warps = max(1, self.block_c * self.block_s // (1024 if wide else 512))
         return {
             "BLOCK_C": self.block_c, "BLOCK_S": self.block_s, "ALL_C": self.channels % self.block_c == 0,
-            "ALL_S": self.positions % self.block_s == 0, "num_warps": warps, "maxnreg": None if wide else registers(warps),
+            "ALL_S": self.positions % self.block_s == 0, "num_warps": warps,
+            "maxnreg": registers(warps) if all_registers or not wide else None,
         }  # fmt: skip
 
     def grid(self, batch: int, tiles: int = 1) -> tuple[int, int, int]:
@@ -308,12 +309,13 @@ def forward(x: Tensor, norm: Norm, residual: Tensor | None = None) -> tuple[Tens
         )  # fmt: skip
         return y, total, mean, rstd
     cut = Split.of(channels, positions, channels_last)
-    grid, blocks = cut.grid(batch, cut.tiles), cut.blocks(wide)
+    grid = cut.grid(batch, cut.tiles)
     splits = grid[0]
     space = torch.empty(2 * splits + 3, batch, channels, dtype=torch.float32, device=x.device)
     means, squares, *per_channel = space[0], space[splits], *space[2 * splits :]
     moments[grid](
-        v, r, total, means, squares, channels, positions, cut.tiles, *v.stride(), *strides_r, *out.stride(), **blocks
+        v, r, total, means, squares, channels, positions, cut.tiles, *v.stride(), *strides_r, *out.stride(),
+        **cut.blocks(wide, all_registers=True),
     )  # fmt: skip
     combine[(batch * norm.groups,)](
         means, squares, *affine, mean, rstd, *per_channel, norm.groups, per_group, positions, splits, cut.tiles * cut.block_s,
@@ -321,6 +323,7 @@ def forward(x: Tensor, norm: Norm, residual: Tensor | None = None) -> tuple[Tens
     )  # fmt: skip
     source = v if total is None else flat(total)
     apply[cut.grid(batch)](
-        source, y, *per_channel, channels, positions, *source.stride(), *out.stride(), SILU=norm.silu, **blocks
+        source, y, *per_channel, channels, positions, *source.stride(), *out.stride(), SILU=norm.silu,
+        **cut.blocks(wide),
     )  # fmt: skip
     return y, total, mean, rstd

@@ -19,7 +19,6 @@ OPTIONAL = {"residual", "weight", "bias", "scale", "shift", "total", "dtotal"}
 AT_A_SITE = {"residual", "scale", "shift", "total"}  # what benches/gpu_ops.py leaves out
 SIZES = {"positions", "channels"}
 SPLIT = {"moments": forward.moments, "apply": forward.apply, "sums": backward.sums, "apply_backward": backward.apply_backward}
-BACKWARD = (backward.sums, backward.apply_backward)
 
 
 def case(name, kernel, dtype, channels_last, blocks, aligned=True, without=(), most=0.0, known=()):
@@ -78,8 +77,9 @@ def sites():
     for channels, positions, channels_last, most in (
         (320, 4096, False, (9, 13)), (1280, 1024, False, (12, 13)), (320, 4096, True, (13.5, 13.5)),
     ):  # fmt: skip
-        blocks = forward.Split.of(channels, positions, channels_last).blocks(True)
+        cut = forward.Split.of(channels, positions, channels_last)
         for name, limit in zip(("moments", "apply"), most, strict=True):
+            blocks = cut.blocks(True, all_registers=name == "moments")
             yield case(name, SPLIT[name], "bf16", channels_last, blocks, without=AT_A_SITE, most=limit, known=("tiles",))
 
 
@@ -91,7 +91,8 @@ def cases(everything):
         for aligned, per_group in product((True, False), groups):
             for blocks in largest(forward.on_chip, per_group, channels_last, aligned):
                 yield case("one_read", forward.one_read, dtype, channels_last, blocks, aligned=aligned)
-            for blocks in largest(backward.on_chip, per_group, backward.ONE_READ_BACKWARD // (2 - aligned)):
+            limit = backward.ONE_READ_BACKWARD if aligned and not channels_last else backward.ONE_READ_BACKWARD // 2
+            for blocks in largest(backward.on_chip, per_group, limit):
                 yield case("one_read_backward", backward.one_read_backward, dtype, channels_last, blocks, aligned=aligned)
         bare = {"without": OPTIONAL}
         yield case("one_read", forward.one_read, dtype, channels_last, forward.on_chip(4, 1024, channels_last, True), **bare)
@@ -100,7 +101,7 @@ def cases(everything):
         shapes = [(320, 4096)] + ([(3, 70), (321, 4095), (1280, 1024)] if everything else [])
         for (name, kernel), (channels, positions) in product(SPLIT.items(), shapes):
             cut = forward.Split.of(channels, positions, channels_last)
-            wide, narrow = (backward.blocks_of(cut, w) if kernel in BACKWARD else cut.blocks(w) for w in (True, False))
+            wide, narrow = (cut.blocks(w, kernel is not forward.apply) for w in (True, False))
             yield case(name, kernel, dtype, channels_last, wide, known=("tiles",))
             if everything:
                 yield case(name, kernel, dtype, channels_last, wide)
