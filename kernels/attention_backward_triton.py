@@ -21,17 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention import empty, like
-from .attention_triton import fits, here, interpreted, laid, load, parts_of_head, positions_first, product, store
-
-
-@triton.jit
-def halves(x, rows, steps, end, HEAD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, FIRST: tl.constexpr):
-    """A tile in its head's two parts; with one part, that twice."""
-    x0 = load(x, rows, tl.arange(0, D0), steps, end, HEAD, FIRST, False, D0 <= HEAD)
-    x1 = x0
-    if D1:
-        x1 = load(x, rows, D0 + tl.arange(0, D1), steps, end, HEAD, FIRST, False, D0 + D1 <= HEAD)
-    return x0, x1
+from .attention_triton import fits, halves, here, interpreted, laid, parts_of_head, positions_first, product, store
 
 
 @triton.jit

@@ -60,6 +60,16 @@ def load(
 
 
 @triton.jit
+def halves(x, rows, steps, end, HEAD: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, FIRST: tl.constexpr):
+    """A tile in its head's two parts; with one part, that twice."""
+    x0 = load(x, rows, tl.arange(0, D0), steps, end, HEAD, FIRST, False, D0 <= HEAD)
+    x1 = x0
+    if D1:
+        x1 = load(x, rows, D0 + tl.arange(0, D1), steps, end, HEAD, FIRST, False, D0 + D1 <= HEAD)
+    return x0, x1
+
+
+@triton.jit
 def product(a, b, UPCAST: tl.constexpr):
     """a b in float32. The interpreter cannot multiply bfloat16: UPCAST, never set on a GPU, widens what was rounded before."""
     return tl.dot(a.to(tl.float32), b.to(tl.float32)) if UPCAST else tl.dot(a, b)
@@ -119,10 +129,7 @@ def attend(
     if residual is not None:
         residual = here(residual, b, h, residual_steps)
     m, n = part * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    q0 = load(q, m, tl.arange(0, D0), q_steps, queries, HEAD, FIRST, False, D0 <= HEAD)
-    q1 = q0
-    if D1:
-        q1 = load(q, m, D0 + tl.arange(0, D1), q_steps, queries, HEAD, FIRST, False, D0 + D1 <= HEAD)
+    q0, q1 = halves(q, m, q_steps, queries, HEAD, D0, D1, FIRST)
     if NEGATIVE:
         q0, q1 = -q0, -q1
     if SINGLE:

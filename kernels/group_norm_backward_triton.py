@@ -172,7 +172,7 @@ def backward(
     )  # fmt: skip
     totals[(batch * norm.groups,)](
         space[0], space[1], *affine, p, q, group_p, group_q, norm.groups, per_group, positions, grid[0], *rows, BLOCK_C=8,
-        BLOCK=min(triton.next_power_of_2(grid[0]), 64),
+        BLOCK=min(triton.next_power_of_2(grid[0]), 64), num_warps=4, maxnreg=registers(4),
     )  # fmt: skip
     apply_backward[cut.grid(batch)](
         v, *given, *affine, mean, rstd, group_p, group_q, dx, channels, norm.groups, positions, *strides, *rows, SILU=norm.silu,

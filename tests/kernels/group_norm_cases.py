@@ -6,6 +6,7 @@ from cubins import Case
 
 from fastdiff.kernels import group_norm_backward_triton as backward
 from fastdiff.kernels import group_norm_triton as forward
+from fastdiff.kernels.tile_triton import registers
 
 POINTERS = {
     "x", "residual", "weight", "bias", "scale", "shift", "y", "total", "dy", "dtotal", "dx",
@@ -116,4 +117,5 @@ def cases(everything):
         yield case("one_read_backward", backward.one_read_backward, "bf16", True, blocks, aligned=False, known=known)
     yield case("combine", forward.combine, "bf16", False, {"BLOCK": 1024, "BLOCK_C": 128})
     for splits in (1, 8, 64) if everything else (64,):
-        yield case("totals", backward.totals, "bf16", False, {"BLOCK_C": 8, "BLOCK": splits})
+        blocks = {"BLOCK_C": 8, "BLOCK": splits, "num_warps": 4, "maxnreg": registers(4)}
+        yield case("totals", backward.totals, "bf16", False, blocks)
