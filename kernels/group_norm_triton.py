@@ -2,9 +2,9 @@
 
 Every tensor is seen as (batch, channel, position) with three strides, so one kernel serves NCHW, channels-last, video and sliced
 inputs. A group that fits on chip is read once (`one_read`). A larger one is split into tiles of channels and positions:
-`moments` leaves a mean and a sum of squared deviations per channel and tile, `combine` joins them in a fixed order, `apply`
-normalises. No atomics, and no choice depends on the batch size: a sample's result is bit-equal alone and among others.
-Statistics are two-pass in float32; pairs are joined by Chan, Golub and LeVeque (1979), eq. 2.1.
+`moments` leaves a mean and a sum of squared deviations per channel and split (a tile, or several), `combine` joins them in a
+fixed order, `apply` normalises. No atomics, and no choice depends on the batch size: a sample's result is bit-equal alone and
+among others. Statistics are two-pass in float32; pairs are joined by Chan, Golub and LeVeque (1979), eq. 2.1.
 
 In half precision an H200 moves an element of one_read in the time in which it issues 28 instructions, so these kernels count
 them: benches/README.md says how many, tests/kernels holds them to it.

@@ -15,4 +15,4 @@ def test_launches_compile(everything):
     assert len({f["launch"] for f in found}) == 28
     for f in found:
         if f["launch"].startswith("attention"):
-            assert f["narrow"] == 0, f  # a head of 40 and 49 positions side by side, too, are loaded 8 or 16 bytes at a time
+            assert f["narrow"] == 0, f  # no load of two bytes, at a head of 40 and of 49 positions side by side too
