@@ -5,14 +5,18 @@ Prints the lines of `fastdiff.kernels.attention.FASTER`: the sites where ours is
 
 from __future__ import annotations
 
+import itertools
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_record import copies, keep, launched, replayed, show, start
+from gpu_record import Row, show
+from gpu_stage import Case, Stage, problem
+from gpu_timing import DEVICE, copies, launched, replayed
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastdiff.kernels import attention as m
@@ -23,9 +27,10 @@ SITES = [
     (8, 64, 64, 160), (8, 64, 77, 160), (10, 4096, 4096, 64), (20, 1024, 1024, 64), (20, 1024, 77, 64), (4, 1024, 1024, 64),
     (6, 256, 256, 64), (8, 64, 64, 64), (8, 16, 16, 64),
 ]  # fmt: skip
-BATCHES = (1, 2, 8, 64)
+BATCHES = (8, 1, 2, 64)
 LARGEST = 2e13  # FLOP of one call; larger sites are left out
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
+LONG = ("refused", "site", "seconds")  # columns of the record that the table leaves out
 MARGIN = 0.97  # of the best backend's time: what counts as faster
 
 
@@ -46,52 +51,56 @@ def contestants() -> dict[str, Callable[..., Any]]:
 def projected(batch: int, heads: int, queries: int, keys: int, head: int) -> tuple[torch.Tensor, ...]:
     """q, k and v as projections leave them: 3 parts of one where a layer looks at itself, else queries, and 2 of the context."""
     def rows(length: int, parts: int) -> tuple[torch.Tensor, ...]:
-        whole = torch.randn(batch, length, parts * heads * head, dtype=torch.bfloat16, device="cuda")
+        whole = torch.randn(batch, length, parts * heads * head, dtype=torch.bfloat16, device=DEVICE)
         return tuple(x.unflatten(-1, (heads, head)).transpose(1, 2) for x in whole.chunk(parts, -1))
 
     return rows(queries, 3) if queries == keys else (*rows(queries, 1), *rows(keys, 2))
 
 
-def measure(batch: int, heads: int, queries: int, keys: int, head: int) -> dict[str, Any]:
+@torch.no_grad()
+def measure(batch: int, heads: int, queries: int, keys: int, head: int) -> Row:
     moved = 2 * 2 * batch * heads * head * (queries + keys)
     given = [projected(batch, heads, queries, keys, head) for _ in range(copies(moved))]
-    row: dict[str, Any] = {"shape": f"{batch}x{heads}x{queries}x{keys}x{head}"}
+    row: Row = {}
     for name, f in contestants().items():
         try:
             calls = [lambda f=f, qkv=qkv: f(*qkv) for qkv in given]
             row[f"{name} us"] = replayed(calls)
             row[f"{name} launched us"] = launched(calls)
         except Exception as e:  # a backend may not take the shape: cuDNN not every head, flash not every dtype
-            row[f"{name} us"] = float("inf")
-            row["refused"] = f"{row.get('refused', '')} {name}: {str(e).splitlines()[0][:80]}".strip()
+            row["refused"] = [*row.get("refused", []), f"{name}: {problem(e)}"]
             if name == "ours":
                 traceback.print_exc()
-                row["problem"] = f"{type(e).__name__}: {e}"[:200]
-    best = min(row[f"{name} us"] for name in BACKENDS)
-    flop = 4 * batch * heads * queries * keys * head
-    row |= {"ours TFLOP/s": flop / row["ours us"] / 1e6, "ours over best": best / row["ours us"]}
-    if row["ours us"] < MARGIN * best:
-        major, minor = torch.cuda.get_device_capability()
-        row["site"] = m.site(*given[0][:2], 10 * major + minor)
-    return {key: value for key, value in row.items() if value != float("inf")}
+                row["problem"] = problem(e)
+    ours, best = row.get("ours us"), min((row[f"{name} us"] for name in BACKENDS if f"{name} us" in row), default=None)
+    if ours is None or best is None:
+        return row
+    row |= {"ours TFLOP/s": 4 * batch * heads * queries * keys * head / ours / 1e6, "ours over best": best / ours}
+    if ours < MARGIN * best:
+        row["site"] = m.site(*given[0][:2], architecture())
+    return row
 
 
-def main() -> None:
-    start()
-    rows = []
-    with torch.no_grad():
-        for batch in BATCHES:
-            for heads, queries, keys, head in SITES:
-                if 4 * batch * heads * queries * keys * head <= LARGEST:
-                    rows.append(measure(batch, heads, queries, keys, head))
-                    torch.cuda.empty_cache()
-    show(rows)
+def architecture() -> int:
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
+def cases() -> Iterator[Case]:
+    for batch, (heads, queries, keys, head) in itertools.product(BATCHES, SITES):
+        if 4 * batch * heads * queries * keys * head <= LARGEST:
+            size = (batch, heads, queries, keys, head)
+            yield Case({"shape": "x".join(map(str, size))}, partial(measure, *size))
+
+
+def table(rows: Sequence[Row]) -> None:
+    show([{name: value for name, value in row.items() if name not in LONG} for row in rows])
     print("FASTER, to be put into kernels/attention.py:")
-    for found in sorted({row["site"] for row in rows if "site" in row}):
+    for found in sorted({tuple(row["site"]) for row in rows if "site" in row}):
         print(f"    {found},")
-    keep("attention", rows)
-    sys.exit(any("problem" in row for row in rows))
 
+
+stage = Stage("attention", lambda: list(cases()), seconds=100, show=table)
 
 if __name__ == "__main__":
-    main()
+    sys.exit(stage.main())

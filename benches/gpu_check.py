@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import sys
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
-from gpu_record import keep, show, start
+from gpu_record import Row, show
+from gpu_stage import Case, Stage
+from gpu_timing import DEVICE
 
 from fastdiff.kernels import attention as a
 from fastdiff.kernels import combine as c
@@ -24,13 +26,17 @@ ATTENTIONS = [
     (2, 2, 100, 100, 8), (1, 2, 300, 300, 256), (1, 2, 128, 128, 128), (3, 5, 17, 5, 96),
 ]  # fmt: skip
 ROWS = [((1, 4, 64, 64), 4, 2), ((16, 3, 32, 32), 12, 5), ((3, 1, 7, 9), 16, 8)]  # shape, inputs, outputs
+VALUES = ("y", "noise", "dx", "p", "q", "dq", "dk", "dv")
 LIMIT = 2.0  # times torch's own error, plus 4 units of rounding at the largest value
 
-random: torch.Generator
+
+@cache
+def random() -> torch.Generator:
+    return torch.Generator(DEVICE).manual_seed(0)
 
 
 def draw(*size: int, dtype: torch.dtype) -> torch.Tensor:
-    return (2 * torch.randn(size, generator=random, device="cuda") + 1).to(dtype)
+    return (2 * torch.randn(size, generator=random(), device=DEVICE) + 1).to(dtype)
 
 
 def ratio(ours: torch.Tensor, torchs: torch.Tensor, right: torch.Tensor) -> float:
@@ -111,52 +117,53 @@ def torchs_gradients(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: to
 def combine(shape: tuple[int, ...], inputs: int, outputs: int, dtype: torch.dtype) -> dict[str, float]:
     """Sums against float64; the noise of the kernel against torch's, of which 1e-6 is allowed."""
     columns = [draw(*shape, dtype=torch.float32 if i % 2 else dtype) for i in range(inputs)]
-    weights, seeds = draw(outputs, inputs + 1, dtype=torch.float32), seed_bits(range(2**64 - shape[0], 2**64), "cuda")
+    weights = draw(outputs, inputs + 1, dtype=torch.float32)
+    seeds = seed_bits(range(2**64 - shape[0], 2**64), DEVICE)
     runs(c.why_not(columns))
     got = torch.stack(torch.ops.fastdiff.combine(columns, weights, seeds, 3))
     same((got, torch.stack(torch.ops.fastdiff.combine(columns, weights, seeds, 3))))
     z = normals(seeds, 3, columns[0][0].numel()).view(shape)
     own = torch.stack(c.reference(columns, weights, seeds, 3))
     exact = torch.einsum("ji,i...->j...", weights.double(), torch.stack([x.double() for x in [*columns, z]]))
-    only = torch.zeros(1, 2, device="cuda")
+    only = torch.zeros(1, 2, device=DEVICE)
     only[0, 1] = 1
     noise = torch.ops.fastdiff.combine([columns[1]], only, seeds, 3)[0]
     return {"y": ratio(got, own, exact), "noise": ((noise - z).abs().max() / 1e-6).item()}
 
 
-def cases() -> Iterator[tuple[str, dict[str, Any], Callable[[], dict[str, float]]]]:
-    """(op, what it is given, the check)."""
+def checked(check: Callable[..., dict[str, float]], *given: Any) -> Row:
+    found = check(*given)
+    wrong = [name for name, v in found.items() if not v <= 1]  # NaN is wrong
+    return {**found, **({"problem": f"{', '.join(wrong)} further away than allowed"} if wrong else {})}
+
+
+def cases() -> Iterator[Case]:
+    """Small ones first: what is wrong is mostly wrong there too."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+    def case(check: Callable[..., dict[str, float]], shape: Any, dtype: torch.dtype, layout: str, *given: Any) -> Case:
+        about = {"op": check.__name__, "shape": "x".join(map(str, shape)), "dtype": str(dtype)[6:], "layout": layout}
+        return Case(about, partial(checked, check, *given))
+
+    for (shape, inputs, outputs), dtype in itertools.product(ROWS, DTYPES):
+        yield case(combine, shape, dtype, f"{inputs} to {outputs}", shape, inputs, outputs, dtype)
     for shape, dtype, last in itertools.product(SHAPES, DTYPES, (False, True)):
         if not last or len(shape) > 3:
-            about = {"shape": "x".join(map(str, shape)), "dtype": str(dtype)[6:], "layout": "nhwc" if last else "nchw"}
-            yield "group_norm", about, lambda shape=shape, dtype=dtype, last=last: group_norm(shape, dtype, last)
+            yield case(group_norm, shape, dtype, "nhwc" if last else "nchw", shape, dtype, last)
     for size, dtype, first in itertools.product(ATTENTIONS, a.DTYPES, (False, True)):
-        about = {"shape": "x".join(map(str, size)), "dtype": str(dtype)[6:], "layout": "columns" if first else "rows"}
-        yield "attention", about, lambda size=size, dtype=dtype, first=first: attention(size, dtype, first)
-    for (shape, inputs, outputs), dtype in itertools.product(ROWS, DTYPES):
-        about = {"shape": "x".join(map(str, shape)), "dtype": str(dtype)[6:], "layout": f"{inputs} to {outputs}"}
-        yield "combine", about, lambda s=shape, i=inputs, o=outputs, d=dtype: combine(s, i, o, d)
+        yield case(attention, size, dtype, "columns" if first else "rows", size, dtype, first)
 
 
-def main() -> None:
-    global random
-    start()
-    random = torch.Generator("cuda").manual_seed(0)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    rows = []
-    for op, about, check in cases():
-        row: dict[str, Any] = {"op": op, **about}
-        try:
-            found = check()
-            row |= {**found, "ok": all(v <= 1 for v in found.values())}
-        except Exception as e:  # the next case may still say something
-            traceback.print_exc()
-            row |= {"ok": False, "problem": f"{type(e).__name__}: {e}"[:200]}
-        rows.append(row)
-    show(rows)
-    keep("check", rows)
-    sys.exit(not all(row["ok"] for row in rows))
+def digest(rows: Sequence[Row]) -> None:
+    """What failed, and the largest error of each op and dtype, 1 being what is allowed."""
+    show([row for row in rows if "problem" in row])
+    found: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        found.setdefault((row["op"], row["dtype"]), []).extend(row[name] for name in VALUES if name in row)
+    show([{"op": op, "dtype": dtype, "values": len(v), "worst": max(v, default=0.0)} for (op, dtype), v in found.items()])
 
+
+stage = Stage("check", lambda: list(cases()), seconds=200, show=digest, timed=False)
 
 if __name__ == "__main__":
-    main()
+    sys.exit(stage.main())

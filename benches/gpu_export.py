@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_record import SKIPPED, keep, show
+from gpu_record import RESULTS, Record, now, show
+from gpu_stage import SKIPPED
 
 import fastdiff as fd
 from fastdiff.errors import FastdiffError
@@ -97,6 +98,7 @@ def main() -> int:
     options.add_argument("--engine", type=Path, help="a folder that `fastdiff export` wrote of the shipped model")
     options.add_argument("--nfe", type=int, default=8)
     options.add_argument("--rounds", type=int, default=20)
+    options.add_argument("--records", type=Path, default=RESULTS, help="folder of the record")
     given = options.parse_args()
     if why := missing(given.engine is None):
         print(f"export: skipped: {why}")
@@ -114,7 +116,7 @@ def main() -> int:
                              "precision": built["precision"], "nfe": given.nfe})  # fmt: skip
             rows += [{"batch": batch, "runs": who, "refused": why} for who, why in refused.items()]
     show(rows)
-    keep("export", rows)
+    Record.begin(given.records, stage="export", time=now()).add(*rows)
     return 0
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 
 import torch
+from gpu_timing import DEVICE
 from torch import Tensor, nn
 
 import fastdiff as fd
@@ -44,31 +46,40 @@ class Labelled(nn.Module):
         return self.network(x, t, torch.zeros(len(x), dtype=torch.int64, device=x.device))
 
 
-def shipped() -> tuple[nn.Module, tuple[int, ...]]:
-    den = fd.load("fashion-mnist")
-    assert den.shape is not None
-    return Labelled(den.network), den.shape
+def shipped() -> nn.Module:
+    return Labelled(fd.load("fashion-mnist").network)
 
 
-def sd_shaped() -> tuple[nn.Module, tuple[int, ...]]:
-    return UNet(SD_SHAPED), (4, 64, 64)
+def sd_shaped() -> nn.Module:
+    return UNet(SD_SHAPED)
 
 
-def sd_by_diffusers() -> tuple[nn.Module, tuple[int, ...]]:
+def sd_by_diffusers() -> nn.Module:
     """Stable Diffusion 1.5's own configuration, random weights."""
     import diffusers
 
-    return WithText(diffusers.UNet2DConditionModel(cross_attention_dim=768, sample_size=64)), (4, 64, 64)
+    return WithText(diffusers.UNet2DConditionModel(cross_attention_dim=768, sample_size=64))
 
 
-def networks() -> dict[str, Callable[[], tuple[nn.Module, tuple[int, ...]]]]:
-    """Name -> network and one sample's shape; diffusers' own only where it is installed."""
-    found = {"fashion-mnist": shipped, "sd-1.5-shaped, ours": sd_shaped}
-    if importlib.util.find_spec("diffusers"):
-        found["sd-1.5, diffusers"] = sd_by_diffusers
-    else:
-        print("diffusers is not installed: Stable Diffusion 1.5's widths in our own U-Net stand for it")
-    return found
+# Name -> what makes the network, one sample's shape; diffusers' own only where it is installed
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "sd-1.5-shaped, ours": (sd_shaped, (4, 64, 64)),
+    "fashion-mnist": (shipped, (1, 28, 28)),
+}
+if importlib.util.find_spec("diffusers"):
+    NETWORKS["sd-1.5, diffusers"] = (sd_by_diffusers, (4, 64, 64))
+
+
+@lru_cache(1)
+def prepared(name: str) -> nn.Module:
+    """A network on the GPU in bfloat16."""
+    torch.manual_seed(0)
+    with DEVICE:
+        network = NETWORKS[name][0]().to(DEVICE, torch.bfloat16).eval().requires_grad_(False)
+    for p in network.parameters():
+        if not p.any():  # layers that start at zero would hide what lies before them
+            nn.init.normal_(p, std=0.02)
+    return network
 
 
 @contextmanager

@@ -1,14 +1,15 @@
-"""What every stage of gpu.sh shares: the device, the record of a run, and times inside CUDA-graph replay."""
+"""What a stage of gpu.sh has measured: a run in today's file of this device, written anew at every row."""
 
 from __future__ import annotations
 
 import datetime
+import fcntl
 import json
-import platform
+import os
 import re
-import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,45 +17,79 @@ from typing import Any
 
 import torch
 
-SKIPPED = 3  # how a stage ends that lacks something, after one line that says what
+from fastdiff.bench.results import versions
+from fastdiff.files import write_text
+
 RESULTS = Path(__file__).parent / "results"
-BEYOND_L2 = 256 * 2**20  # bytes that a contestant's buffers take together; the largest L2 (H200: 60 MB) holds a quarter
+Row = dict[str, Any]
 
 
-def start() -> str:
-    """The GPU's name; ends the stage as skipped, with one line, where there is none or it has no Triton."""
-    if not torch.cuda.is_available():
-        print(f"this stage needs an NVIDIA GPU; torch {torch.__version__} sees none")
-        sys.exit(SKIPPED)
+class Record:
+    """One run of one stage, or of one of the shares that processes beside each other have in its cases. `run["running"]` is the
+    case that was begun and not ended; a process that dies leaves it there."""
+
+    def __init__(self, path: Path, run: dict[str, Any]) -> None:
+        self.path, self.run = path, run
+
+    @classmethod
+    def find(cls, folder: Path, **key: Any) -> list[Record]:
+        """The runs of such a stage, time (ISO 8601) and share that have written anything."""
+        paths = folder.glob(f"gpu-*-{key['time'][:10]}.json")
+        return [cls(path, run) for path in paths for run in json.loads(path.read_text()) if same(run, key)]
+
+    @classmethod
+    def begin(cls, folder: Path, **key: Any) -> Record:
+        """That run, or a new one for the day's file."""
+        if found := cls.find(folder, **key):
+            return found[0]
+        about = versions()
+        device = re.sub("[^a-z0-9]+", "-", about["device"].lower()).strip("-")
+        triton = metadata.version("triton") if find_spec("triton") else None
+        run = {**key, **about, "triton": triton, "cuda": torch.version.cuda, "rows": []}
+        return cls(folder / f"gpu-{device}-{key['time'][:10]}.json", run)
+
+    @property
+    def rows(self) -> list[Row]:
+        return self.run["rows"]
+
+    def running(self, about: Row) -> None:
+        self.run["running"] = about
+        self.write()
+
+    def add(self, *rows: Row) -> None:
+        self.rows.extend(rows)
+        self.run.pop("running", None)
+        self.write()
+
+    def write(self) -> None:
+        """Puts this run into the file, which appears whole or not at all, as others do at the same time."""
+        key = {name: self.run.get(name) for name in ("stage", "time", "share")}
+        with locked(self.path.parent):
+            runs = json.loads(self.path.read_text()) if self.path.exists() else []
+            runs = [run for run in runs if not same(run, key)] + [self.run]
+            write_text(self.path, json.dumps(runs, indent=1) + "\n")
+
+
+def same(run: dict[str, Any], key: dict[str, Any]) -> bool:
+    return all(run.get(name) == value for name, value in key.items())
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One process at a time."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        import triton
-    except ImportError as e:
-        print(f"this stage needs triton ({e})")
-        sys.exit(SKIPPED)
-    name = torch.cuda.get_device_name()
-    print(f"{name}, torch {torch.__version__}, triton {triton.__version__}, Python {platform.python_version()}", flush=True)
-    return name
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
-def keep(stage: str, rows: Sequence[dict[str, Any]], folder: Path = RESULTS) -> None:
-    """Appends a stage's rows to today's record of this device, which appears whole or not at all."""
-    from fastdiff.bench.results import versions
-    from fastdiff.files import write_text
-
-    about, now = versions(), datetime.datetime.now(datetime.UTC)
-    label = re.sub("[^a-z0-9]+", "-", about["device"].lower()).strip("-")
-    path = folder / f"gpu-{label}-{now:%Y-%m-%d}.json"
-    runs = json.loads(path.read_text()) if path.exists() else []
-    triton = metadata.version("triton") if find_spec("triton") else None
-    runs.append({
-        "stage": stage, **about, "triton": triton, "cuda": torch.version.cuda, "time": now.isoformat(timespec="seconds"),
-        "rows": list(rows),
-    })  # fmt: skip
-    write_text(path, json.dumps(runs, indent=1) + "\n")
-    print(f"appended {len(rows)} rows to {path}")
+def now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
 
 
-def show(rows: Sequence[dict[str, Any]]) -> None:
+def show(rows: Sequence[Row]) -> None:
     """A plain table: no terminal is assumed."""
     names = list(dict.fromkeys(key for row in rows for key in row))
     cells = [names, *([plain(row.get(name, "")) for name in names] for row in rows)]
@@ -66,46 +101,3 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
 
 def plain(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def replayed(calls: Sequence[Callable[[], Any]], rounds: int = 15) -> float:
-    """Median microseconds a call, inside the replay of one CUDA graph that makes all of them in turn."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            for call in calls:
-                call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = [call() for call in calls]  # alive until the timing ends, so that no call writes where another did
-    times = [elapsed(graph.replay) for _ in range(rounds + 2)][2:]
-    del kept
-    return statistics.median(times) * 1000 / len(calls)
-
-
-def launched(calls: Sequence[Callable[[], Any]], rounds: int = 15) -> float:
-    """Median microseconds a call when Python launches each: what a caller without graphs waits for."""
-    def all_of_them() -> None:
-        for call in calls:
-            call()
-
-    times = [elapsed(all_of_them) for _ in range(rounds + 2)][2:]
-    return statistics.median(times) * 1000 / len(calls)
-
-
-def elapsed(run: Callable[[], Any]) -> float:
-    """Milliseconds between events around a run."""
-    before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    before.record()
-    run()
-    after.record()
-    torch.cuda.synchronize()
-    return before.elapsed_time(after)
-
-
-def copies(bytes_each: int) -> int:
-    """How many sets of buffers go beyond L2; at most 64 calls in a graph."""
-    return max(2, min(64, -(-BEYOND_L2 // bytes_each)))

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from gpu_networks import networks, plain
-from gpu_record import keep, launched, show, start
+from gpu_networks import NETWORKS, plain, prepared
+from gpu_record import Row
+from gpu_stage import Case, Stage
+from gpu_timing import DEVICE, launched
 
 import fastdiff as fd
 from fastdiff import fused
@@ -26,6 +27,7 @@ NFE, SCALE = 8, 3.0
 STATES = [(1, 4, 64, 64), (8, 4, 64, 64), (64, 4, 64, 64), (16, 3, 256, 256)]
 SOLVERS = ("dpmpp-2m", "unipc-3", "dpmpp-2m-sde")
 BATCHES = (1, 8, 64)
+ALLOWED = 1e-5  # of the largest value, between two updates in float32
 
 
 def by_torch() -> Any:
@@ -39,27 +41,32 @@ def guided(network: Callable[..., Any], shape: tuple[int, ...]) -> fd.Denoiser:
     return fd.guide.cfg(den, SCALE, cond={}, negative={}, batched=True)
 
 
-def update(shape: tuple[int, ...], solver: str) -> dict[str, Any]:
+@torch.no_grad()
+def update(shape: tuple[int, ...], solver: str) -> Row:
     """A network that returns what it has at hand: all that is left is the update, the guidance and the conversion."""
     batch, *sample = shape
-    kept = torch.randn(2 * batch, *sample, device="cuda", dtype=torch.bfloat16)
+    kept = torch.randn(2 * batch, *sample, dtype=torch.bfloat16, device=DEVICE)
     den = guided(lambda x, t: kept, tuple(sample))
     plan = fd.plan(solver, den.schedule, NFE, grid="uniform_t")
-    state, source = begin(den, plan, None, range(batch), None, torch.float32, "cuda")
-    row: dict[str, Any] = {"what": f"update, {solver}", "shape": "x".join(map(str, shape))}
+    state, source = begin(den, plan, None, range(batch), None, torch.float32, DEVICE)
+    row: Row = {}
     samples = {}
     for name, context in (("torch", by_torch()), ("ours", contextlib.nullcontext())):
         with context:
             samples[name] = run(den, plan, state, source)
             row[f"{name} us/row"] = launched([lambda: run(den, plan, state, source)]) / len(plan.rows)
     row["times"] = row["torch us/row"] / row["ours us/row"]
-    return row | {"difference": apart(samples)}
+    row["difference"] = apart(samples)
+    if not row["difference"] <= ALLOWED:
+        row["problem"] = f"the samples lie further apart than {ALLOWED:g}"
+    return row
 
 
-def whole(name: str, network: torch.nn.Module, shape: tuple[int, ...], batch: int) -> dict[str, Any]:
-    den = guided(network, shape)
+@torch.no_grad()
+def whole(name: str, batch: int) -> Row:
+    den = guided(prepared(name), NETWORKS[name][1])
     plan = fd.plan("dpmpp-2m", den.schedule, NFE, grid="uniform_t")
-    row: dict[str, Any] = {"what": f"sample, {name}", "shape": f"{batch}x{'x'.join(map(str, shape))}"}
+    row: Row = {}
     samples = {}
     for who, contexts in (("torch", (plain(), by_torch())), ("ours", ())):
         with contextlib.ExitStack() as stack:
@@ -76,33 +83,17 @@ def apart(samples: dict[str, torch.Tensor]) -> float:
     return ((samples["ours"] - samples["torch"]).abs().max() / samples["torch"].abs().max()).item()
 
 
-def attempt(rows: list[dict[str, Any]], about: str, measure: Callable[[], dict[str, Any]]) -> None:
-    try:
-        rows.append(measure())
-    except Exception as e:  # the next case may still say something
-        traceback.print_exc()
-        rows.append({"what": about, "problem": f"{type(e).__name__}: {e}"[:200]})
-    torch.cuda.empty_cache()
-
-
-def main() -> None:
-    start()
-    rows: list[dict[str, Any]] = []
+def cases() -> Iterator[Case]:
     for shape in STATES:
         for solver in SOLVERS:
-            attempt(rows, f"update, {solver}", partial(update, shape, solver))
-    for name, make in networks().items():
-        torch.manual_seed(0)
-        network, sample = make()
-        network = network.to("cuda", torch.bfloat16).eval().requires_grad_(False)
+            yield Case({"what": f"update, {solver}", "shape": "x".join(map(str, shape))}, partial(update, shape, solver))
+    for name, (_, shape) in NETWORKS.items():
         for batch in BATCHES:
-            attempt(rows, f"sample, {name}", partial(whole, name, network, sample, batch))
-        del network
-    show(rows)
-    keep("sampler", rows)
-    wrong = [row for row in rows if "problem" in row or (row["what"].startswith("update") and row["difference"] > 1e-5)]
-    sys.exit(bool(wrong))
+            about = {"what": f"sample, {name}", "shape": "x".join(map(str, (batch, *shape)))}
+            yield Case(about, partial(whole, name, batch))
 
+
+stage = Stage("sampler", lambda: list(cases()), seconds=60)
 
 if __name__ == "__main__":
-    main()
+    sys.exit(stage.main())

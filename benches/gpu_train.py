@@ -27,8 +27,9 @@ from typing import Any
 
 import torch
 from gpu_networks import plain
-from gpu_record import RESULTS, SKIPPED, keep, show, start
+from gpu_record import RESULTS, Record, now, show
 from gpu_sampler import by_torch
+from gpu_stage import SKIPPED, problem, start
 
 import fastdiff as fd
 from fastdiff.bench import Cell, Setup
@@ -113,7 +114,7 @@ def attempt(way: Way, config: TrainConfig, data: Images, device: str) -> dict[st
             row["images/s"] = rate(trainer)
     except Exception as e:  # another way may do
         traceback.print_exc()
-        row["problem"] = f"{type(e).__name__}: {e}"[:200]
+        row["problem"] = problem(e)
     return row
 
 
@@ -286,7 +287,7 @@ def main(arguments: list[str] | None = None) -> int:
     finally:
         if rows:
             show(rows)
-            keep("train", rows, given.records)
+            Record.begin(given.records, stage="train", time=now()).add(*rows)
     if rows:
         print(f"to ship it: python -m fastdiff.cli.artefacts --checkpoint {given.out}")
     return int(any("problem" in row for row in rows))

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .attention import empty, like
 from .attention_triton import fits, halves, here, interpreted, laid, parts_of_head, positions_first, product, store
+from .tile_triton import FUSED
 
 
 @triton.jit
@@ -137,7 +138,7 @@ class Blocks:
         d0, d1 = parts_of_head(head)
         return {
             "HEAD": head, "D0": d0, "D1": d1, "BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "FIRST": first,
-            "num_warps": self.warps, "num_stages": self.stages,
+            "num_warps": self.warps, "num_stages": self.stages, **FUSED,
         }  # fmt: skip
 
 

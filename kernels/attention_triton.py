@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention import EACH, empty, like, side_by_side, sums_like
-from .tile_triton import existing, parts, registers
+from .tile_triton import FUSED, existing, parts, registers
 
 # Keys taken at once, by the width that a head takes on chip. More spill, where positions lie side by side: 128 keys of a head of
 # 128 up to 160 bytes on sm_90, 80 of a head of 160 56 bytes on sm_80.
@@ -218,7 +218,7 @@ class Blocks:
         return {
             "HEAD": head, "D0": d0, "D1": d1, "BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "REST": self.rest,
             "SINGLE": self.single, "ALL_KEYS": self.all_keys, "FIRST": first, "num_warps": self.warps, "num_stages": self.stages,
-            "maxnreg": registers(self.warps) if first or not (self.single or self.all_keys) else None,
+            "maxnreg": registers(self.warps) if first or not (self.single or self.all_keys) else None, **FUSED,
         }  # fmt: skip
 
 

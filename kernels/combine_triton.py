@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .tile_triton import FUSED
+
 WARPS = 4
 
 
@@ -92,5 +94,5 @@ def forward(inputs: Sequence[Tensor], weights: Tensor, seeds: Tensor | None, dra
     strides = tuple(x.stride(0) for x in dense)
     elements = block(len(dense))
     grid = (len(dense[0]) * triton.cdiv(size, elements),)
-    rows[grid](tuple(dense), strides, tuple(made), weights, seeds, size, draw, BLOCK=elements, num_warps=WARPS)
+    rows[grid](tuple(dense), strides, tuple(made), weights, seeds, size, draw, BLOCK=elements, num_warps=WARPS, **FUSED)
     return made

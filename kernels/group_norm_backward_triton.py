@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .group_norm import Norm, flat, like
 from .group_norm_triton import ONE_READ_BACKWARD, Split, aligned, before_activation, gain_offset, tile
-from .tile_triton import at, existing, registers
+from .tile_triton import FUSED, at, existing, registers
 
 
 @triton.jit
@@ -137,7 +137,9 @@ def on_chip(per_group: int, positions: int, limit: int) -> dict[str, Any] | None
     block_c, block_s = triton.next_power_of_2(per_group), triton.next_power_of_2(positions)
     size = block_c * block_s
     warps = min(max(size // 512, 1), 16)
-    return {"BLOCK_C": block_c, "BLOCK_S": block_s, "num_warps": warps, "maxnreg": registers(warps)} if size <= limit else None
+    if size > limit:
+        return None
+    return {"BLOCK_C": block_c, "BLOCK_S": block_s, "num_warps": warps, "maxnreg": registers(warps), **FUSED}
 
 
 def backward(
@@ -172,7 +174,7 @@ def backward(
     )  # fmt: skip
     totals[(batch * norm.groups,)](
         space[0], space[1], *affine, p, q, group_p, group_q, norm.groups, per_group, positions, grid[0], *rows, BLOCK_C=8,
-        BLOCK=min(triton.next_power_of_2(grid[0]), 64), num_warps=4, maxnreg=registers(4),
+        BLOCK=min(triton.next_power_of_2(grid[0]), 64), num_warps=4, maxnreg=registers(4), **FUSED,
     )  # fmt: skip
     apply_backward[cut.grid(batch)](
         v, *given, *affine, mean, rstd, group_p, group_q, dx, channels, norm.groups, positions, *strides, *rows, SILU=norm.silu,

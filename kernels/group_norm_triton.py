@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .group_norm import Norm, flat, like
-from .tile_triton import at, existing, parts, registers
+from .tile_triton import FUSED, at, existing, parts, registers
 
 TILE = 4096  # elements a program of a split kernel holds: 32 a thread with 4 warps
 SPLITS = 256  # of a channel's positions, at most: one program joins those of a whole group
@@ -254,7 +254,7 @@ class Split:
         return {
             "BLOCK_C": self.block_c, "BLOCK_S": self.block_s, "ALL_C": self.channels % self.block_c == 0,
             "ALL_S": self.positions % self.block_s == 0, "num_warps": warps,
-            "maxnreg": registers(warps) if all_registers or not wide else None,
+            "maxnreg": registers(warps) if all_registers or not wide else None, **FUSED,
         }  # fmt: skip
 
     def grid(self, batch: int, tiles: int = 1) -> tuple[int, int, int]:
@@ -283,7 +283,7 @@ def on_chip(per_group: int, positions: int, channels_last: bool, wide: bool) -> 
     warps = min(triton.next_power_of_2(triton.cdiv(size, 1280 if wide else 640)), 16)
     return {
         "CHANNELS": per_group, "C0": c0, "C1": c1, "BLOCK_S": block_s, "ALL_S": block_s == positions, "num_warps": warps,
-        "maxnreg": None if wide else registers(warps),
+        "maxnreg": None if wide else registers(warps), **FUSED,
     }  # fmt: skip
 
 
@@ -319,7 +319,7 @@ def forward(x: Tensor, norm: Norm, residual: Tensor | None = None) -> tuple[Tens
     )  # fmt: skip
     combine[(batch * norm.groups,)](
         means, squares, *affine, mean, rstd, *per_channel, norm.groups, per_group, positions, splits, cut.tiles * cut.block_s,
-        norm.eps, *rows, BLOCK=1024, BLOCK_C=128,
+        norm.eps, *rows, BLOCK=1024, BLOCK_C=128, **FUSED,
     )  # fmt: skip
     source = v if total is None else flat(total)
     apply[cut.grid(batch)](

@@ -5,6 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# A product and the sum after it are rounded once: the default of Triton up to 3.9, which warns that it will change.
+FUSED = {"enable_fp_fusion": True}
+
 
 def registers(warps: int) -> int:
     """`maxnreg` of a launch: all that a thread may have. Unless told, the assembler would rather spill 8 bytes than leave an SM

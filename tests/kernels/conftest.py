@@ -1,5 +1,7 @@
 """The kernels run here in Triton's interpreter."""
 
+import contextlib
+
 import interpreted
 import pytest
 
@@ -34,3 +36,15 @@ def interpreter(monkeypatch):
 
     monkeypatch.setattr(InterpreterBuilder, "cast_impl", cast)
     monkeypatch.setattr(InterpreterBuilder, "create_fp_trunc", cast)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """The registered ops run the kernels on the CPU's tensors, in the interpreter."""
+    import torch
+
+    from fastdiff.kernels import attention, combine, group_norm
+
+    for op in (attention, combine, group_norm):
+        monkeypatch.setattr(op, "missing_triton", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())

@@ -18,6 +18,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fastdiff.kernels.tile_triton import FUSED
+
 
 @dataclass(frozen=True)
 class Case:
@@ -74,7 +76,7 @@ def resources(case, architecture):
     fixed |= {(names.index(k[0]), k[1]): v for k, v in case.constants.items() if isinstance(k, tuple)}
     attrs = {path: [["tt.divisibility", 16]] for name in case.divisible for path in paths(names.index(name), case.types[name])}
     source = ASTSource(case.kernel, signature=signature, constexprs=fixed, attrs=attrs)
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": case.maxnreg}
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": case.maxnreg, **FUSED}
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     return {**measured(compiled), "elements": case.elements, "most": case.most}
 

@@ -7,6 +7,7 @@ for these very arguments (which of them are 1, which are divisible by 16), but n
 import argparse
 import json
 import sys
+import warnings
 
 import torch
 import triton
@@ -80,6 +81,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--all", action="store_true", help="every architecture; default: sm_90")
     compiled, options = [], parser.parse_args()
+    warnings.filterwarnings("error", message="TRITON_DEFAULT_FP_FUSION")  # a launcher that leaves it to Triton's default
     run = JITFunction.run
     JITFunction.run = lambda self, *given, warmup, **more: compiled.append((self, run(self, *given, warmup=True, **more)))
     for architecture in ARCHITECTURES if options.all else (90,):

@@ -1,7 +1,6 @@
 """The Triton kernels of attention's backward, in the interpreter against float64; what they compile to is asked beside the
 forward's (test_attention_triton)."""
 
-import contextlib
 
 import pytest
 import torch
@@ -128,11 +127,9 @@ def test_no_access_outside(kernel, small, monkeypatch):
 
 
 @pytest.mark.parametrize("added", [False, True])
-def test_the_registered_op_goes_back_by_them(kernel, small, monkeypatch, added):
+def test_the_registered_op_goes_back_by_them(as_on_a_gpu, kernel, small, monkeypatch, added):
     """As on a GPU: the op's own forward, autograd and backward, with the kernels behind them."""
     ran = []
-    monkeypatch.setattr(m, "why_not", lambda *tensors: None)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     run = kernel.backward
     monkeypatch.setattr(kernel, "backward", lambda *inputs: ran.append(1) or run(*inputs))
     q, k, v, dout = given_for(1, 2, 20, 18, 40)

@@ -1,12 +1,10 @@
 """The Triton kernel of the sampler's update, in the interpreter against float64 and through the compiler for three GPUs."""
 
-import contextlib
 
 import pytest
 import torch
 from gates import compiled
 
-from fastdiff.kernels import combine as m
 from fastdiff.philox import normals, seed_bits
 
 SEEDS = [0, 2**64 - 1, 12345678901234]
@@ -57,12 +55,10 @@ def test_inputs_that_are_views(kernel):
 
 
 @pytest.mark.parametrize("noise", [False, True])
-def test_the_registered_op(kernel, monkeypatch, noise):
+def test_the_registered_op(as_on_a_gpu, kernel, monkeypatch, noise):
     """As on a GPU: what its fake promises, no results that share memory, and its gradient by the kernel too."""
     ran = []
     run = kernel.forward
-    monkeypatch.setattr(m, "why_not", lambda *given: None)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(kernel, "forward", lambda *given: ran.append(1) or run(*given))
     inputs, weights = tensors(3, (2, 3, 7), torch.float16), table(2, 3 + noise)
     seeds = seed_bits(SEEDS[:2]) if noise else None

@@ -1,7 +1,6 @@
 """The Triton kernels of the GroupNorm family, in the interpreter against float64 and through the compiler for three GPUs."""
 
 
-import contextlib
 import functools
 
 import numpy as np
@@ -163,11 +162,9 @@ def alone_and_among_others():
 
 
 @pytest.mark.parametrize("residual", [False, True])
-def test_the_registered_op_goes_back_by_them(monkeypatch, residual):
+def test_the_registered_op_goes_back_by_them(as_on_a_gpu, residual):
     """As on a GPU: the op's own forward, autograd and backward, with the kernels behind them; torch refuses results that share
     memory, with an input or with each other."""
-    monkeypatch.setattr(m, "why_not", lambda *given: None)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     x = tensor((2, 6, 5, 4))
     inputs = [x, *([tensor(x.shape, seed=1)] if residual else []), *arguments(x, 2)]
     op = torch.ops.fastdiff.add_group_norm if residual else torch.ops.fastdiff.group_norm
