@@ -26,7 +26,7 @@ ATTENTIONS = [
     (2, 2, 100, 100, 8), (1, 2, 300, 300, 256), (1, 2, 128, 128, 128), (3, 5, 17, 5, 96),
 ]  # fmt: skip
 ROWS = [((1, 4, 64, 64), 4, 2), ((16, 3, 32, 32), 12, 5), ((3, 1, 7, 9), 16, 8)]  # shape, inputs, outputs
-VALUES = ("y", "noise", "dx", "p", "q", "dq", "dk", "dv")
+VALUES = ("y", "embedded", "noise", "dx", "p", "q", "dq", "dk", "dv")
 LIMIT = 2.0  # times torch's own error, plus 4 units of rounding at the largest value
 
 
@@ -77,6 +77,9 @@ def group_norm(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool) 
     want = m.backward_reference(dy.double(), total.double(), *exact, wide)
     triples = {"y": (y, m.reference(total, norm), m.reference(total.double(), wide))}
     triples |= {name: v for name, *v in zip(("dx", "p", "q"), got, own, want, strict=True)}
+    embedded, embedded_wide = norm._replace(added=shift), wide._replace(added=wide.shift)
+    z = torch.ops.fastdiff.group_norm(x, *embedded)[0]
+    triples["embedded"] = z, m.reference(x, embedded), m.reference(x.double(), embedded_wide)
     return {name: ratio(*v) for name, v in triples.items()}
 
 

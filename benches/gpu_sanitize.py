@@ -28,6 +28,7 @@ def group_norm() -> None:
         x = torch.randn(shape).bfloat16().requires_grad_()
         for v in (x, x[:, :, ::2], x.to(memory_format=torch.channels_last)):
             weight = torch.randn(shape[1]).bfloat16()
+            torch.ops.fastdiff.group_norm(v, groups, weight, weight, 1e-5, None, None, True, torch.randn(shape[:2]).bfloat16())
             y = torch.ops.fastdiff.add_group_norm(v, v, groups, weight, weight, 1e-5, None, None, True)
             (y[0].sum() + y[1].sum()).backward()
 

@@ -18,17 +18,37 @@ def group_norm_silu(
 ) -> Tensor:  # fmt: skip
     """silu(GroupNorm(x + residual) * (1 + scale) + shift), statistics in float32.
 
-    Shapes: x (B, C, *spatial); residual broadcasts to x; weight, bias (C,) or None; scale, shift (B, C) or None. Returns
-    x's shape and dtype.
+    Shapes: x (B, C, *spatial); residual broadcasts to x, an embedding (B, C, 1, ...) without being spread out; weight, bias (C,)
+    or None; scale, shift (B, C), both or neither. Returns x's shape and dtype.
+
+    Raises:
+        FastdiffError: other shapes, C that `groups` does not divide, tensors on other devices.
     """
     from .kernels import group_norm as fused
 
-    if x.device.type != "cuda":  # the op would make the same numbers, and the statistics that only its gradient needs
-        total = x if residual is None else x + residual
-        return fused.reference(total, fused.Norm(groups, weight, bias, eps, scale, shift, silu))
+    added = None
+    if residual is not None and x.ndim > 2 and residual.shape == (*x.shape[:2], *(1,) * (x.ndim - 2)):
+        added, residual = residual.flatten(1), None
+    norm = fused.Norm(groups, weight, bias, eps, scale, shift, silu, added)
+    if x.device.type != "cuda" or by_torch(x):  # the op would make the same numbers, and the statistics for its gradient
+        try:
+            return fused.reference(x if residual is None else x + residual, norm)
+        except Exception:
+            fused.check(x, norm)  # says it in one line where the input is at fault; at every call it would cost 6 us
+            raise
     if residual is not None:
-        return torch.ops.fastdiff.add_group_norm(x, residual.expand_as(x), groups, weight, bias, eps, scale, shift, silu)[0]
-    return torch.ops.fastdiff.group_norm(x, groups, weight, bias, eps, scale, shift, silu)[0]
+        return torch.ops.fastdiff.add_group_norm(x, residual.expand_as(x), *norm[:-1])[0]
+    return torch.ops.fastdiff.group_norm(x, *norm)[0]
+
+
+def by_torch(x: Tensor) -> bool:
+    """Whether torch's operations do better than the op on a GPU: no kernel takes x, or somebody takes forward-mode derivatives
+    (torch.func.jvp), which a registered op would drop silently."""
+    from .kernels.group_norm import DTYPES
+
+    if torch.compiler.is_compiling():
+        return False
+    return why_torch(x.device) is not None or x.dtype not in DTYPES or torch.autograd.forward_ad._current_level >= 0
 
 
 def why_torch(device: torch.device) -> str | None:

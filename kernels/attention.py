@@ -11,6 +11,7 @@ Where a kernel may run it need not be the faster one: `faster` is what `fastdiff
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -84,9 +85,11 @@ def check(q: Tensor, k: Tensor, v: Tensor, residual: Tensor | None = None) -> No
         raise FastdiffError("attention needs at least one key")
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
         raise FastdiffError(f"attention needs q, k and v of one floating-point dtype; given {q.dtype}, {k.dtype}, {v.dtype}")
-    if residual is not None and (residual.shape != q.shape or residual.dtype != q.dtype):
-        given = f"{tuple(residual.shape)} {residual.dtype}"
-        raise FastdiffError(f"attention's residual must have q's shape and dtype, {tuple(q.shape)} {q.dtype}; given {given}")
+    if not q.device == k.device == v.device:
+        raise FastdiffError(f"attention needs q, k and v on one device; given {q.device}, {k.device}, {v.device}")
+    if residual is not None and (residual.shape, residual.dtype, residual.device) != (q.shape, q.dtype, q.device):
+        wanted, given = (f"{tuple(x.shape)} {x.dtype} on {x.device}" for x in (q, residual))
+        raise FastdiffError(f"attention's residual must have q's shape, dtype and device, {wanted}; given {given}")
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, residual: Tensor | None = None) -> str | None:
@@ -99,10 +102,10 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, residual: Tensor | None = None) -> 
         return f"the kernel takes heads of {HEADS[0]} to {HEADS[1]} in steps of {EACH}; given {q.shape[3]}"
     if q.numel() == 0:
         return "the input is empty"
-    # offsets inside a sample are 32 bits
+    # offsets inside a sample are 32 bits; a size that a trace leaves open (a SymInt) is taken to stay below
     given = (q, k, v) if residual is None else (q, k, v, residual)
     spans = [sum((n - 1) * step for n, step in zip(x.shape[1:], x.stride()[1:], strict=True)) for x in given]
-    if max(*spans, q[0].numel(), k[0].numel()) >= 2**31:
+    if any(isinstance(n, int) and n >= 2**31 for n in (*spans, q[0].numel(), k[0].numel())):
         return "one sample spans 2^31 elements or more"
     return None
 
@@ -217,9 +220,10 @@ def _to_onnx(q: Any, k: Any, v: Any, residual: Any, scale: float | None) -> tupl
     from onnxscript import opset18
 
     op: Any = opset18
-    root = (q.shape[3] ** -0.5 if scale is None else scale) ** 0.5
-    factor = op.CastLike(op.Constant(value=onnx_ir.tensor(np.array(root, np.float32))), q)
-    scores = op.MatMul(op.Mul(q, factor), op.Mul(op.Transpose(k, perm=[0, 1, 3, 2]), factor))
+    size = q.shape[3] ** -0.5 if scale is None else scale
+    of_q, of_k = abs(size) ** 0.5, math.copysign(abs(size) ** 0.5, size)
+    q_factor, k_factor = (op.CastLike(op.Constant(value=onnx_ir.tensor(np.array(f, np.float32))), q) for f in (of_q, of_k))
+    scores = op.MatMul(op.Mul(q, q_factor), op.Mul(op.Transpose(k, perm=[0, 1, 3, 2]), k_factor))
     out = op.MatMul(op.Softmax(scores, axis=-1), v)
     none = op.Constant(value=onnx_ir.tensor(np.empty(0, np.float32)))
     return (out if residual is None else op.Add(out, residual)), none

@@ -56,15 +56,17 @@ def check(inputs: Sequence[Tensor], weights: Tensor, seeds: Tensor | None, draw:
         given = ", ".join(f"{tuple(x.shape)} on {x.device}" for x in inputs) or "none"
         raise FastdiffError(f"combine needs 1 to {INPUTS} tensors (B, ...) of one shape on one device; given {given}")
     if not all(x.is_floating_point() and x.ndim for x in inputs):
-        raise FastdiffError(f"combine needs floating-point tensors (B, ...); given {', '.join(str(x.dtype) for x in inputs)}")
+        given = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in inputs)
+        raise FastdiffError(f"combine needs floating-point tensors (B, ...); given {given}")
     columns = len(inputs) + (seeds is not None)
     if weights.ndim != 2 or weights.shape[1] != columns or not 1 <= weights.shape[0] <= OUTPUTS:
         raise FastdiffError(f"combine's weights must be (1 to {OUTPUTS}, {columns}); given {tuple(weights.shape)}")
     if weights.device != inputs[0].device or not weights.is_floating_point():
         raise FastdiffError(f"combine's weights must be floating point on {inputs[0].device}; given {weights.dtype} on "
                             f"{weights.device}")  # fmt: skip
-    if seeds is not None and (tuple(seeds.shape) != (inputs[0].shape[0],) or seeds.dtype != torch.int64):
-        raise FastdiffError(f"combine needs one int64 seed a sample; given {tuple(seeds.shape)} {seeds.dtype}")
+    if seeds is not None and (seeds.shape != inputs[0].shape[:1] or seeds.dtype != torch.int64 or seeds.device != weights.device):
+        given = f"{tuple(seeds.shape)} {seeds.dtype} on {seeds.device}"
+        raise FastdiffError(f"combine needs one int64 seed a sample on {weights.device}; given {given}")
     if not 0 <= draw < 2**31:
         raise FastdiffError(f"combine's draw must lie in [0, 2^31); given {draw}")
 

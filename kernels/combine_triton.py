@@ -88,7 +88,7 @@ def forward(inputs: Sequence[Tensor], weights: Tensor, seeds: Tensor | None, dra
     """One float32 tensor a row of the weights. The contract is `combine.why_not`; an input whose samples are not contiguous is
     copied first."""
     dense = [x if x[0].is_contiguous() else x.contiguous() for x in inputs]
-    weights = weights.float().contiguous()
+    weights, seeds = weights.float().contiguous(), None if seeds is None else seeds.contiguous()
     made = [torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in dense[:1] * len(weights)]
     size = dense[0][0].numel()
     strides = tuple(x.stride(0) for x in dense)

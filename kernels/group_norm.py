@@ -1,6 +1,7 @@
-"""GroupNorm with what surrounds it in a U-Net, as registered ops: SiLU, scale and shift (AdaGN), a residual added before.
+"""GroupNorm with what surrounds it in a U-Net, as registered ops: SiLU, scale and shift (AdaGN), a residual or an embedding
+added before.
 
-    y = silu(GroupNorm(x + residual) (1 + scale) + shift)        Wu and He 2018; Dhariwal and Nichol 2021, section 3
+    y = silu(GroupNorm(x + residual + added) (1 + scale) + shift)        Wu and He 2018; Dhariwal and Nichol 2021, section 3
 
 `torch.ops.fastdiff.group_norm` and `add_group_norm` run the Triton kernels of group_norm_triton.py on a GPU and the torch
 reference wherever those do not run; `why_not` says why. Eager, compiled and exported models see one op.
@@ -9,6 +10,7 @@ reference wherever those do not run; `why_not` says why. Eager, compiled and exp
 from __future__ import annotations
 
 import math
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +25,8 @@ GRID = 65_535  # programs on the second and third axis of a launch
 
 
 class Norm(NamedTuple):  # made at every call: a frozen dataclass takes 3 us
-    """What a normalisation does: weight and bias (C,) or None; scale and shift (B, C), both or neither."""
+    """What a normalisation does: weight and bias (C,) or None; scale and shift (B, C), both or neither; added (B, C) or None, an
+    embedding that is added to every position before."""
 
     groups: int
     weight: Tensor | None
@@ -32,6 +35,7 @@ class Norm(NamedTuple):  # made at every call: a frozen dataclass takes 3 us
     scale: Tensor | None = None
     shift: Tensor | None = None
     silu: bool = True
+    added: Tensor | None = None
 
     @property
     def rows(self) -> tuple[int, int]:
@@ -39,17 +43,25 @@ class Norm(NamedTuple):  # made at every call: a frozen dataclass takes 3 us
         return (0, 0) if self.scale is None or self.shift is None else (self.scale.stride(0), self.shift.stride(0))
 
 
-def layout(x: Tensor) -> torch.memory_format:
-    """The memory format of results: x's own if it is channels-last, else contiguous."""
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
-    if last is None or x.is_contiguous() or not x.is_contiguous(memory_format=last):
-        return torch.contiguous_format
-    return last
-
-
 def like(x: Tensor) -> Tensor:
-    """An empty tensor of x's shape, dtype and layout."""
-    return torch.empty_like(x, memory_format=layout(x))
+    """An empty tensor of x's shape and dtype; channels-last where x is, else contiguous."""
+    if x.ndim == 3:  # torch has no name for it: positions of an attention block, a transposed (B, S, C)
+        return like(x.unsqueeze(3)).squeeze(3)
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
+    plain = last is None or x.is_contiguous() or not x.is_contiguous(memory_format=last)
+    return torch.empty_like(x, memory_format=torch.contiguous_format if plain else last)
+
+
+def laid(y: Tensor, x: Tensor) -> Tensor:
+    """y, laid out as `like(x)`."""
+    made = like(x)
+    return y if y.stride() == made.stride() else made.copy_(y)
+
+
+def per_channel(v: Tensor | None, x: Tensor) -> Tensor:
+    """v (B, C) for every position of x."""
+    assert v is not None
+    return v.view(*x.shape[:2], *(1,) * (x.ndim - 2))
 
 
 def flat(x: Tensor) -> Tensor:
@@ -58,19 +70,26 @@ def flat(x: Tensor) -> Tensor:
 
 
 def reference(x: Tensor, norm: Norm) -> Tensor:
-    """The torch form, in x's dtype."""
-    weight, bias = (v if v is None or v.dtype == x.dtype else v.to(x.dtype) for v in (norm.weight, norm.bias))
-    y = torch.group_norm(x, norm.groups, weight, bias, norm.eps)
-    if norm.scale is not None and norm.shift is not None:
-        ones = (1,) * (x.ndim - 2)
-        y = torch.addcmul(norm.shift.view(*norm.shift.shape, *ones), y, 1 + norm.scale.view(*norm.scale.shape, *ones))
+    """The torch form, in x's dtype; where weight and bias are wider, in theirs, rounded once."""
+    x = x if norm.added is None else x + per_channel(norm.added, x)
+    affine = [v for v in (norm.weight, norm.bias) if v is not None]
+    if all(v.dtype == x.dtype for v in affine):
+        y = torch.group_norm(x, norm.groups, norm.weight, norm.bias, norm.eps)
+    else:
+        wide = reduce(torch.promote_types, (v.dtype for v in affine), x.dtype)
+        weight, bias = (None if v is None else v.to(wide) for v in (norm.weight, norm.bias))
+        y = torch.group_norm(x.to(wide), norm.groups, weight, bias, norm.eps).to(x.dtype)
+    if norm.scale is not None or norm.shift is not None:
+        y = torch.addcmul(per_channel(norm.shift, y), y, 1 + per_channel(norm.scale, y))
     # y is new: where no gradient needs it, SiLU writes over it
     return F.silu(y, inplace=not (y.requires_grad or torch.compiler.is_compiling())) if norm.silu else y
 
 
 def statistics(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
     """Mean and 1 / standard deviation (B, groups), in float32 (float64 of float64)."""
-    v = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(x.shape[0], norm.groups, math.prod(x.shape[1:]) // norm.groups)
+    v = x.to(torch.promote_types(x.dtype, torch.float32))
+    v = v if norm.added is None else v + per_channel(norm.added, x)
+    v = v.reshape(x.shape[0], norm.groups, math.prod(x.shape[1:]) // norm.groups)
     mean = v.mean(-1)
     var = (v - mean.unsqueeze(-1)).square().mean(-1)  # torch.var_mean warns of an empty batch
     return mean, torch.rsqrt(var + norm.eps)
@@ -82,25 +101,26 @@ def backward_reference(
     """(dx, p, q) as the kernels give them: p and q (B, C) are the sums over positions of dz and of dz x_hat."""
     wide = mean.dtype
     batch, channels = x.shape[:2]
-    grouped = (batch, norm.groups, channels // norm.groups, -1)
+    grouped = (batch, norm.groups, channels // norm.groups, math.prod(x.shape[2:]))
+    one_each = (*grouped[:3], 1)
     x_hat = (x.to(wide).reshape(grouped) - mean[:, :, None, None]) * rstd[:, :, None, None]
     one = torch.ones(batch, channels, dtype=wide, device=x.device)
     factor = one if norm.scale is None else 1 + norm.scale.to(wide)
     gain = factor if norm.weight is None else factor * norm.weight.to(wide)
     offset = 0 * one if norm.bias is None else factor * norm.bias.to(wide)
     offset = offset if norm.shift is None else offset + norm.shift.to(wide)
-    gain, offset = gain.reshape(grouped), offset.reshape(grouped)
+    gain, offset = gain.reshape(one_each), offset.reshape(one_each)
     dz = dy.to(wide).reshape(grouped)
     if norm.silu:
         z = x_hat * gain + offset
         slope = torch.sigmoid(z)
         dz = dz * slope * (1 + z * (1 - slope))
     p, q = dz.sum(-1, keepdim=True), (dz * x_hat).sum(-1, keepdim=True)
-    count = x_hat[0, 0].numel()
+    count = math.prod(x.shape[1:]) // norm.groups
     group_p, group_q = ((gain * v).sum(2, keepdim=True) / count for v in (p, q))
     dx = (rstd[:, :, None, None] * (dz * gain - group_p - x_hat * group_q)).reshape(x.shape)
     dx = dx if dtotal is None else dx + dtotal.to(wide)
-    return dx.to(x.dtype).contiguous(memory_format=layout(x)), p.reshape(batch, channels), q.reshape(batch, channels)
+    return laid(dx.to(x.dtype), x), p.reshape(batch, channels), q.reshape(batch, channels)
 
 
 def why_not(x: Tensor, norm: Norm, residual: Tensor | None = None) -> str | None:
@@ -126,26 +146,29 @@ def check(x: Tensor, norm: Norm, residual: Tensor | None = None) -> None:
     Raises:
         FastdiffError: what was given and what is allowed.
     """
-    if x.ndim < 2 or norm.groups < 1 or x.shape[1] % norm.groups:
-        given = f"{tuple(x.shape)}, {norm.groups} groups"
-        raise FastdiffError(f"GroupNorm needs (B, C, ...) with C divisible by groups; given {given}")
-    wanted = {"weight": (x.shape[1],), "bias": (x.shape[1],), "scale": tuple(x.shape[:2]), "shift": tuple(x.shape[:2])}
-    for name, shape in wanted.items():
-        v = getattr(norm, name)
-        if v is not None and tuple(v.shape) != shape:
-            raise FastdiffError(f"GroupNorm's {name} must have the shape {shape}; given {tuple(v.shape)}")
+    if x.ndim < 2 or norm.groups < 1 or x.shape[1] % norm.groups or not x.is_floating_point():
+        given = f"{tuple(x.shape)} {x.dtype}, {norm.groups} groups"
+        raise FastdiffError(f"GroupNorm needs (B, C, ...) with C divisible by groups, in floating point; given {given}")
+    per_channel, per_sample = x.shape[1:2], x.shape[:2]
+    for name, v, shape in (
+        ("weight", norm.weight, per_channel), ("bias", norm.bias, per_channel),
+        ("scale", norm.scale, per_sample), ("shift", norm.shift, per_sample), ("added", norm.added, per_sample),
+    ):  # fmt: skip
+        if v is not None and (v.shape != shape or v.device != x.device):
+            wanted, given = f"{tuple(shape)} on {x.device}", f"{tuple(v.shape)} on {v.device}"
+            raise FastdiffError(f"GroupNorm's {name} must have the shape {wanted}; given {given}")
     if (norm.scale is None) != (norm.shift is None):
         raise FastdiffError("GroupNorm takes scale and shift together, or neither")
-    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
-        given = f"{tuple(residual.shape)} {residual.dtype}"
-        raise FastdiffError(f"a residual must have x's shape and dtype, {tuple(x.shape)} {x.dtype}; given {given}")
+    if residual is not None and (residual.shape, residual.dtype, residual.device) != (x.shape, x.dtype, x.device):
+        wanted, given = (f"{tuple(v.shape)} {v.dtype} on {v.device}" for v in (x, residual))
+        raise FastdiffError(f"a residual must have x's shape, dtype and device, {wanted}; given {given}")
 
 
 def _packed(norm: Norm) -> Norm:
     """The same with one stride along the channels, as the kernels read them."""
     weight, bias = (v if v is None else v.contiguous() for v in (norm.weight, norm.bias))
-    scale, shift = (v if v is None or v.stride(1) == 1 else v.contiguous() for v in (norm.scale, norm.shift))
-    return norm._replace(weight=weight, bias=bias, scale=scale, shift=shift)
+    scale, shift, added = (v if v is None or v.stride(1) == 1 else v.contiguous() for v in (norm.scale, norm.shift, norm.added))
+    return norm._replace(weight=weight, bias=bias, scale=scale, shift=shift, added=added)
 
 
 def _forward(x: Tensor, norm: Norm, residual: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
@@ -156,16 +179,16 @@ def _forward(x: Tensor, norm: Norm, residual: Tensor | None = None) -> tuple[Ten
 
         with torch.cuda.device(x.device):  # a launch goes to the current device, whatever its tensors say
             return forward(x, _packed(norm), residual)
-    total = x if residual is None else (x + residual).contiguous(memory_format=layout(x))
-    y = reference(total, norm).contiguous(memory_format=layout(x))
-    return y, None if residual is None else total, *statistics(total, norm)
+    total = x if residual is None else laid(x + residual, x)
+    return laid(reference(total, norm), x), None if residual is None else total, *statistics(total, norm)
 
 
 NORM = "int groups, Tensor? weight, Tensor? bias, float eps, Tensor? scale, Tensor? shift, bool silu"
+ADDED = "Tensor? added=None"
 
 
 @torch.library.custom_op(
-    "fastdiff::group_norm", mutates_args=(), schema=f"(Tensor x, {NORM}) -> (Tensor y, Tensor mean, Tensor rstd)"
+    "fastdiff::group_norm", mutates_args=(), schema=f"(Tensor x, {NORM}, {ADDED}) -> (Tensor y, Tensor mean, Tensor rstd)"
 )
 def group_norm(x: Tensor, *norm: Any) -> tuple[Tensor, Tensor, Tensor]:
     """y like x, and the statistics (B, groups) that the backward needs. Arguments of `Norm`, in order."""
@@ -223,17 +246,21 @@ def _(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, *rest: Any) -> tuple[Te
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Keeps what was normalised: x, or the sum."""
-    residual, norm = len(output) == 4, Norm(*inputs[-7:])
+    """Keeps what was normalised: x, or the sum with a residual."""
+    residual = len(output) == 4
+    norm = Norm(*inputs[2 if residual else 1 :])
     ctx.groups, ctx.eps, ctx.silu, ctx.residual = norm.groups, norm.eps, norm.silu, residual
     kept = output[1] if residual else inputs[0]
-    ctx.save_for_backward(kept, *output[-2:], norm.weight, norm.bias, norm.scale, norm.shift)
+    ctx.save_for_backward(kept, *output[-2:], norm.weight, norm.bias, norm.scale, norm.shift, norm.added)
     ctx.mark_non_differentiable(*output[-2:])
+    ctx.set_materialize_grads(False)  # a sum that nobody reads has no gradient to be added
 
 
-def _gradients(ctx: Any, dy: Tensor, *rest: Any) -> tuple[Any, ...]:
-    x, mean, rstd, weight, bias, scale, shift = ctx.saved_tensors
+def _gradients(ctx: Any, dy: Tensor | None, *rest: Any) -> tuple[Any, ...]:
+    x, mean, rstd, weight, bias, scale, shift, added = ctx.saved_tensors
+    x = x if added is None else laid(x + per_channel(added, x), x)
     norm = (ctx.groups, weight, bias, ctx.eps, scale, shift, ctx.silu)
+    dy = torch.zeros_like(x) if dy is None else dy
     dx, p, q = torch.ops.fastdiff.group_norm_backward(dy, x, mean, rstd, *norm, rest[0] if ctx.residual else None)
     factor = 1 if scale is None else 1 + scale.to(p.dtype)
     dweight = None if weight is None else (factor * q).sum(0).to(weight.dtype)
@@ -243,7 +270,10 @@ def _gradients(ctx: Any, dy: Tensor, *rest: Any) -> tuple[Any, ...]:
         through_weight = q if weight is None else q * weight.to(q.dtype)
         dscale = (through_weight if bias is None else through_weight + p * bias.to(p.dtype)).to(scale.dtype)
         dshift = p.to(shift.dtype)
-    return *((dx, dx) if ctx.residual else (dx,)), None, dweight, dbias, None, dscale, dshift, None
+    own = (None, dweight, dbias, None, dscale, dshift, None)
+    if ctx.residual:
+        return dx, dx, *own
+    return dx, *own, None if added is None else dx.flatten(2).sum(2, dtype=p.dtype).to(added.dtype)
 
 
 group_norm.register_autograd(_gradients, setup_context=_save)
@@ -256,23 +286,24 @@ def _to_onnx(x: Any, groups: int, *rest: Any) -> tuple[Any, Any, Any]:
     from onnxscript import opset18
 
     op: Any = opset18
-    weight, bias, eps, scale, shift, silu = rest
+    weight, bias, eps, scale, shift, silu, added = (*rest, None)[:7]
     spatial = list(range(2, len(x.shape)))
 
     def number(v: Any, dtype: Any = np.int64) -> Any:
         return op.Constant(value=_proto(np.array(v, dtype)))
 
-    def per_channel(v: Any, axes: list[int]) -> Any:
+    def spread(v: Any, axes: list[int]) -> Any:
         return op.CastLike(op.Unsqueeze(v, number(axes)) if axes else v, x)
 
+    x = x if added is None else op.Add(x, spread(added, spatial))
     grouped = op.Reshape(x, number([0, groups, -1]))
     ones, zeros = (op.CastLike(number([v] * groups, np.float32), x) for v in (1, 0))
     y = op.Reshape(op.InstanceNormalization(grouped, ones, zeros, epsilon=eps), op.Shape(x))
-    y = y if weight is None else op.Mul(y, per_channel(weight, [v - 1 for v in spatial]))
-    y = y if bias is None else op.Add(y, per_channel(bias, [v - 1 for v in spatial]))
+    y = y if weight is None else op.Mul(y, spread(weight, [v - 1 for v in spatial]))
+    y = y if bias is None else op.Add(y, spread(bias, [v - 1 for v in spatial]))
     if scale is not None:
-        y = op.Mul(y, op.Add(per_channel(scale, spatial), op.CastLike(number(1, np.float32), x)))
-        y = op.Add(y, per_channel(shift, spatial))
+        y = op.Mul(y, op.Add(spread(scale, spatial), op.CastLike(number(1, np.float32), x)))
+        y = op.Add(y, spread(shift, spatial))
     y = op.Mul(y, op.Sigmoid(y)) if silu else y
     wide = op.Cast(grouped, to=1)
     mean = op.ReduceMean(wide, number([2]), keepdims=1)

@@ -82,9 +82,17 @@ def before_activation(dy, v, SILU: tl.constexpr):
 
 
 @triton.jit
+def with_added(v, added, c, inside, mask):
+    """v with its channel's number added."""
+    if added is not None:
+        v = tl.where(mask, v + tl.load(added + c, inside, other=0.0).to(tl.float32)[:, None], 0.0)
+    return v
+
+
+@triton.jit
 def one_read(
-    x, residual, weight, bias, scale, shift, y, total, mean_out, rstd_out,
-    groups, positions, eps, xb, xc, xs, rb, rc, rs, yb, yc, ys, scale_row, shift_row,
+    x, residual, added, weight, bias, scale, shift, y, total, mean_out, rstd_out,
+    groups, positions, eps, xb, xc, xs, rb, rc, rs, yb, yc, ys, added_row, scale_row, shift_row,
     SILU: tl.constexpr, CHANNELS: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, BLOCK_S: tl.constexpr, ALL_S: tl.constexpr,
 ):  # fmt: skip
     """One program a (sample, group), its CHANNELS in one or two parts: 1 read, 1 write."""
@@ -96,15 +104,19 @@ def one_read(
     if residual is not None:
         residual += b * rb + start * rc
         total += b * yb + start * yc
+    if added is not None:
+        added += b * added_row + first
     c0, c1 = tl.arange(0, C0), C0 + tl.arange(0, C1 or 1)
     inside0, inside1 = c0 < CHANNELS, c1 < CHANNELS
     mask0 = existing(c0, s, CHANNELS, positions, C0 <= CHANNELS, ALL_S)
     mask1 = existing(c1, s, CHANNELS, positions, C0 + C1 <= CHANNELS, ALL_S)
     count = CHANNELS * 1.0 * positions  # either may be a constant of the compiler
     v0 = load_sum(x, residual, total, c0, s, xc, xs, rc, rs, yc, ys, mask0)
+    v0 = with_added(v0, added, c0, inside0, mask0)
     mean, v1 = tl.sum(v0), v0
     if C1:
         v1 = load_sum(x, residual, total, c1, s, xc, xs, rc, rs, yc, ys, mask1)
+        v1 = with_added(v1, added, c1, inside1, mask1)
         mean += tl.sum(v1)
     mean /= count
     v0 = tl.where(mask0, v0 - mean, 0.0)
@@ -177,28 +189,41 @@ def moments(
 
 
 @triton.jit
+def mean_of(means, i, splits, added, inside):
+    """A channel's mean over a split; what is added to the channel moves it, and leaves the deviations as they are."""
+    mean = tl.load(means + i, inside, other=0.0)
+    if added is not None:
+        mean += tl.load(added + i // splits, inside, other=0.0).to(tl.float32)
+    return mean
+
+
+@triton.jit
 def combine(
-    means, squares, weight, bias, scale, shift, mean_out, rstd_out, center, factor, offset_out, groups, per_group, positions,
-    splits, chunk, eps, scale_row, shift_row, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
+    means, squares, added, weight, bias, scale, shift, mean_out, rstd_out, center, factor, offset_out, groups, per_group,
+    positions, splits, chunk, eps, added_row, scale_row, shift_row, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program a (sample, group): its channels' and splits' moments to mean and 1 / standard deviation, in order; and what
     `apply` needs of each channel, into (B, C)."""
     pid = tl.program_id(0)
     b, first = (pid // groups).to(tl.int64), (pid % groups) * per_group
     row = pid.to(tl.int64) * per_group
+    means += row * splits
+    squares += row * splits
+    if added is not None:
+        added += b * added_row + first
     size, count = per_group * splits, per_group * 1.0 * positions
     weighted = tl.zeros((BLOCK,), tl.float32)
     for done in range(0, size, BLOCK):
         i = done + tl.arange(0, BLOCK)
         held = tl.minimum(positions - (i % splits) * chunk, chunk).to(tl.float32)
-        weighted += held * tl.load(means + row * splits + i, i < size, other=0.0)
+        weighted += held * mean_of(means, i, splits, added, i < size)
     mean = tl.sum(weighted, 0) / count
     square = tl.zeros((BLOCK,), tl.float32)
     for done in range(0, size, BLOCK):
         i = done + tl.arange(0, BLOCK)
         held = tl.minimum(positions - (i % splits) * chunk, chunk).to(tl.float32)
-        apart = tl.load(means + row * splits + i, i < size, other=0.0) - mean
-        square += tl.where(i < size, tl.load(squares + row * splits + i, i < size, other=0.0) + held * apart * apart, 0.0)
+        apart = mean_of(means, i, splits, added, i < size) - mean
+        square += tl.where(i < size, tl.load(squares + i, i < size, other=0.0) + held * apart * apart, 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(square, 0) / count + eps)
     tl.store(mean_out + pid, mean)
     tl.store(rstd_out + pid, rstd)
@@ -206,7 +231,10 @@ def combine(
         c = done + tl.arange(0, BLOCK_C)
         inside = c < per_group
         gain, offset = gain_offset(b, first + c, inside, weight, bias, scale, shift, scale_row, shift_row)
-        tl.store(center + row + c, tl.full(c.shape, 0.0, tl.float32) + mean, inside)
+        moved = tl.full(c.shape, 0.0, tl.float32) + mean
+        if added is not None:
+            moved -= tl.load(added + c, inside, other=0.0).to(tl.float32)
+        tl.store(center + row + c, moved, inside)
         tl.store(factor + row + c, rstd * gain, inside)
         tl.store(offset_out + row + c, offset, inside)
 
@@ -297,8 +325,8 @@ def forward(x: Tensor, norm: Norm, residual: Tensor | None = None) -> tuple[Tens
     r = flat(residual.expand_as(x)) if residual is not None else None
     mean = torch.empty(batch, norm.groups, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
-    affine = (norm.weight, norm.bias, norm.scale, norm.shift)
-    rows = norm.rows
+    affine = (norm.added, norm.weight, norm.bias, norm.scale, norm.shift)
+    rows = (0 if norm.added is None else norm.added.stride(0), *norm.rows)
     strides_r = r.stride() if r is not None else (0, 0, 0)
     per_group = channels // norm.groups
     channels_last, wide = v.stride(1) == 1, aligned(v, r, out)

@@ -9,15 +9,15 @@ from fastdiff.kernels import group_norm_triton as forward
 from fastdiff.kernels.tile_triton import registers
 
 POINTERS = {
-    "x", "residual", "weight", "bias", "scale", "shift", "y", "total", "dy", "dtotal", "dx",
+    "x", "residual", "added", "weight", "bias", "scale", "shift", "y", "total", "dy", "dtotal", "dx",
 }  # of the tensors' own dtype
 FLOATS = {
     "mean_out", "rstd_out", "mean_in", "rstd_in", "means", "squares", "p_out", "q_out", "p_in", "q_in", "group_p", "group_q",
     "center", "factor", "offset", "offset_out",
 }  # fmt: skip
 STRIDES = {"xb", "xc", "xs", "rb", "rc", "rs", "yb", "yc", "ys"}
-OPTIONAL = {"residual", "weight", "bias", "scale", "shift", "total", "dtotal"}
-AT_A_SITE = {"residual", "scale", "shift", "total"}  # what benches/gpu_ops.py leaves out
+OPTIONAL = {"residual", "added", "weight", "bias", "scale", "shift", "total", "dtotal"}
+AT_A_SITE = {"residual", "added", "scale", "shift", "total"}  # what benches/gpu_ops.py leaves out
 SIZES = {"positions", "channels"}
 SPLIT = {"moments": forward.moments, "apply": forward.apply, "sums": backward.sums, "apply_backward": backward.apply_backward}
 
@@ -53,7 +53,7 @@ def case(name, kernel, dtype, channels_last, blocks, aligned=True, without=(), m
     words = (
         name, dtype, "nhwc" if channels_last else "nchw", f"{channels}x{positions}", "aligned" * aligned,
         "whole" * blocks.get("ALL_S", False), *(f"{k}=1" for k in known if k != "tiles"), "site" * bool(most),
-        "bare" * (without == OPTIONAL),
+        "bare" * (without == OPTIONAL), "added" * (bool(most) and "added" not in without),
     )  # fmt: skip
     elements = channels * positions // (32 * warps) if most else 0
     return Case(" ".join(filter(None, words)), kernel, types, constants, warps, divisible, elements=elements, most=most,
@@ -75,6 +75,8 @@ def sites():
     ):  # fmt: skip
         blocks = forward.on_chip(per_group, positions, channels_last, True)
         yield case("one_read", forward.one_read, "bf16", channels_last, blocks, without=AT_A_SITE, most=20)
+        if per_group == 40:
+            yield case("one_read", forward.one_read, "bf16", channels_last, blocks, without=AT_A_SITE - {"added"}, most=22)
     for channels, positions, channels_last, most in (
         (320, 4096, False, (9, 13)), (1280, 1024, False, (12, 13)), (320, 4096, True, (13.5, 13.5)),
     ):  # fmt: skip

@@ -18,3 +18,8 @@ def arguments(x, groups, affine="weight bias scale", silu=True):
         groups, weight if "weight" in affine else None, bias if "bias" in affine else None, 1e-5,
         *((scale, shift) if "scale" in affine else (None, None)), silu,
     ]  # fmt: skip
+
+
+def embedding(x):
+    """What is added to every position, (B, C)."""
+    return tensor(x.shape[:2], x.dtype, seed=13)

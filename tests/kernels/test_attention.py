@@ -82,8 +82,10 @@ def test_bad_dtypes_are_one_line():
     q, k, v, residual = tensors()
     with pytest.raises(FastdiffError, match=r"one floating-point dtype; given torch.float32, torch.float16, torch.float32"):
         op(q, k.half(), v, None, None)
-    with pytest.raises(FastdiffError, match=r"\(2, 2, 5, 4\) torch.float32; given \(2, 2, 5, 4\) torch.float16"):
+    with pytest.raises(FastdiffError, match=r"\(2, 2, 5, 4\) torch.float32 on cpu; given \(2, 2, 5, 4\) torch.float16 on cpu"):
         op(q, k, v, residual.half(), None)
+    with pytest.raises(FastdiffError, match="q, k and v on one device; given meta, cpu, meta"):
+        op(q.to("meta"), k, v.to("meta"), None, None)
 
 
 def test_dispatch_is_by_measurement_alone(monkeypatch):

@@ -82,6 +82,8 @@ def test_noise_is_that_of_the_samples_seeds(kernel, draw):
     right = normals(seeds, draw, 55).view(z.shape)
     torch.testing.assert_close(z, right, rtol=0, atol=1e-6)
     torch.testing.assert_close(mixed, 0.5 * inputs[0] - 2 * right, rtol=0, atol=2e-6)
+    apart = seeds.repeat_interleave(2)[::2]  # a view
+    assert torch.equal(kernel.forward(inputs, weights, apart, draw)[0], z)
 
 
 def test_noise_over_its_whole_range(kernel):

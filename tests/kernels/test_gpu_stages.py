@@ -66,7 +66,7 @@ def test_check(dry):
         ROWS=[((2, 1, 3, 5), 3, 2)],
     )  # fmt: skip
     assert {row["op"] for row in seen} == {"group_norm", "attention", "combine"}
-    assert all(0 <= row["y"] <= 1 for row in seen) and {"noise", "p", "dx", "dk"} <= {name for row in seen for name in row}
+    assert all(0 <= row["y"] <= 1 for row in seen) and {"noise", "embedded", "p", "dx", "dk"} <= {name for row in seen for name in row}
 
 
 @needs_triton

@@ -22,6 +22,59 @@ def test_gradients_against_finite_differences(affine, silu):
     assert torch.autograd.gradcheck(lambda x, r, *norm: fused.add_group_norm(x, r, *norm)[:2], (x, residual, *norm))
 
 
+def test_gradients_of_an_embedding_against_finite_differences():
+    x, added = (tensor(shape, torch.float64, seed=s).requires_grad_() for s, shape in enumerate([(2, 6, 2, 3), (2, 6)]))
+    norm = arguments(x, 3)
+    assert torch.autograd.gradcheck(lambda x, added: fused.group_norm(x, *norm, added)[0], (x, added))
+
+
+def test_a_sum_that_nobody_reads_has_no_gradient(monkeypatch):
+    """Nor is one of zeros made, and read by the backward."""
+    seen = []
+    honest = m.backward_reference
+    monkeypatch.setattr(m, "backward_reference", lambda *given: seen.append(given[-1]) or honest(*given))
+    x = tensor((2, 6, 2, 3)).requires_grad_()
+    for used in (slice(0, 1), slice(1, 2), slice(0, 2)):
+        outputs = fused.add_group_norm(x, x, *arguments(x, 3))[used]
+        sum(y.sum() for y in outputs).backward()
+    assert [v is None for v in seen] == [True, False, False]
+
+
+def test_an_empty_batch_goes_back():
+    x = tensor((0, 6, 2, 3)).requires_grad_()
+    fused.group_norm(x, *arguments(x, 3))[0].sum().backward()
+    assert x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 3, 5), (2, 6, 2, 3, 2)])
+def test_an_embedding_is_not_spread_out(shape):
+    """By the op, and by `ops`, which knows it by its shape."""
+    x, ones = tensor(shape), (1,) * (len(shape) - 2)
+    embedding, norm = tensor((2, 6), seed=1), arguments(x, 3)
+    want = ops.group_norm_silu(x + embedding.view(2, 6, *ones), *norm)
+    torch.testing.assert_close(fused.group_norm(x, *norm, embedding)[0], want)
+    torch.testing.assert_close(ops.group_norm_silu(x, *norm, residual=embedding.view(2, 6, *ones)), want)
+
+
+def test_wider_weights_are_not_rounded():
+    """As torch does it: bfloat16 in and out, the affine part in float32."""
+    x = tensor((2, 6, 4, 4), torch.bfloat16)
+    weight, bias = tensor((6,), seed=1), tensor((6,), seed=2)
+    exact = F.group_norm(x.double(), 3, weight.double(), bias.double())
+    got = ops.group_norm_silu(x, 3, weight, bias, silu=False)
+    assert got.dtype == x.dtype and (got.double() - exact).abs().max() <= torch.finfo(x.dtype).eps * exact.abs().max() / 2
+
+
+def test_forward_mode_derivatives_are_torchs(monkeypatch):
+    """A registered op would drop them silently."""
+    monkeypatch.setattr(ops, "why_torch", lambda device: None)
+    x, t = tensor((2, 6, 4, 4)), tensor((2, 6, 4, 4), seed=1)
+    assert not ops.by_torch(x) and ops.by_torch(x.double())
+    asked = []
+    torch.func.jvp(lambda v: asked.append(ops.by_torch(v)) or v, (x,), (t,))
+    assert asked == [True] and not ops.by_torch(x)
+
+
 @pytest.mark.parametrize("shape", [(2, 6, 3, 5), (1, 6), (2, 6, 2, 3, 2)])
 def test_value_is_torchs(shape):
     x, residual = tensor(shape, seed=0), tensor(shape, seed=1)
@@ -105,9 +158,9 @@ def test_compile_sees_one_op():
 @pytest.mark.parametrize(
     ("shape", "groups", "change", "message"),
     [
-        ((2, 6, 3), 4, {}, r"C divisible by groups; given \(2, 6, 3\), 4 groups"),
+        ((2, 6, 3), 4, {}, r"C divisible by groups, in floating point; given \(2, 6, 3\) torch.float32, 4 groups"),
         ((6,), 3, {}, "needs \\(B, C"),
-        ((2, 6, 3), 3, {"weight": torch.ones(5)}, r"weight must have the shape \(6,\); given \(5,\)"),
+        ((2, 6, 3), 3, {"weight": torch.ones(5)}, r"weight must have the shape \(6,\) on \w+; given \(5,\)"),
         ((2, 6, 3), 3, {"scale": torch.ones(2, 6)}, "scale and shift together"),
         ((2, 6, 3), 3, {"scale": torch.ones(6), "shift": torch.ones(6)}, r"scale must have the shape \(2, 6\)"),
     ],
@@ -116,13 +169,19 @@ def test_bad_input_is_one_line(shape, groups, change, message):
     given = {"weight": None, "bias": None, "eps": 1e-5, "scale": None, "shift": None, "silu": True, **change}
     for device in ("cpu", "meta"):
         moved = [v.to(device) if isinstance(v, torch.Tensor) else v for v in given.values()]
-        with pytest.raises(FastdiffError, match=message):
-            fused.group_norm(torch.ones(shape, device=device), groups, *moved)
+        for call in (fused.group_norm, ops.group_norm_silu):
+            with pytest.raises(FastdiffError, match=message):
+                call(torch.ones(shape, device=device), groups, *moved)
+
+
+def test_tensors_on_other_devices_are_refused():
+    with pytest.raises(FastdiffError, match=r"weight must have the shape \(6,\) on meta; given \(6,\) on cpu"):
+        fused.group_norm(torch.ones(2, 6, 3, device="meta"), 3, torch.ones(6), None, 1e-5, None, None, True)
 
 
 def test_a_residual_of_another_shape_is_refused():
     x = torch.ones(2, 6, 3)
-    with pytest.raises(FastdiffError, match=r"x's shape and dtype, \(2, 6, 3\) torch.float32; given \(2, 6, 1\)"):
+    with pytest.raises(FastdiffError, match=r"\(2, 6, 3\) torch.float32 on cpu; given \(2, 6, 1\) torch.float32 on cpu"):
         fused.add_group_norm(x, torch.ones(2, 6, 1), 3, None, None, 1e-5, None, None, True)
 
 

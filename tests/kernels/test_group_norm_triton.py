@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from gates import compiled
-from group_norm_inputs import arguments, tensor
+from group_norm_inputs import arguments, embedding, tensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -51,8 +51,8 @@ def agree(x, norm, residual=None):
     if residual is None:
         total = x
     else:
-        assert torch.equal(total, x + residual) and total.is_contiguous(memory_format=m.layout(x))
-    assert y.dtype == x.dtype and y.is_contiguous(memory_format=m.layout(x))
+        assert torch.equal(total, x + residual) and total.stride() == m.like(x).stride()
+    assert y.dtype == x.dtype and y.stride() == m.like(x).stride()
     exact = m.reference(total.double(), wide(norm))
     unit = torch.finfo(x.dtype).eps
     assert error(y, exact) <= 2 * error(m.reference(total, norm), exact) + unit * exact.abs().max().item()
@@ -91,6 +91,36 @@ def test_without_parts(affine):
     agree(x, norm_of(x, 2, affine=affine, silu=False))
 
 
+def agree_with_added(shape, dtype, channels_last=False):
+    """An embedding, a number a sample and channel: as if x had been that much larger, never rounded in between."""
+    forward, _ = kernels()
+    x = tensor(shape, dtype, channels_last=channels_last)
+    norm = norm_of(x, 2)._replace(added=embedding(x))
+    y, _, mean, rstd = forward.forward(x, norm)
+    exact = m.reference(x.double(), wide(norm))
+    assert error(y, exact) <= 2 * error(m.reference(x, norm), exact) + torch.finfo(dtype).eps * exact.abs().max().item()
+    for got, right in zip((mean, rstd), m.statistics(x.double(), wide(norm)), strict=True):
+        torch.testing.assert_close(got.double(), right, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 3, 5), (2, 8, 4, 4)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_embedding(dtype, shape):
+    agree_with_added(shape, dtype)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_embedding_in_splits(split, dtype, channels_last):
+    agree_with_added((2, 6, 9, 11), dtype, channels_last)
+
+
+def test_positions_of_an_attention_block_stay_channels_last():
+    x = tensor((1, 7, 4)).transpose(1, 2)
+    agree(x, norm_of(x, 2))
+    assert m.like(x).stride() == x.stride() and m.like(x.contiguous()).is_contiguous()
+
+
 def test_video_in_channels_last():
     x = tensor((1, 4, 2, 3, 3), channels_last=True)
     agree(x, norm_of(x, 2))
@@ -101,11 +131,7 @@ def test_inputs_that_are_views():
     for x in (whole[:, 2:6], whole[:, :4, ::2], whole[:, :4].transpose(2, 3), whole[:, :4, :, :1].expand(-1, -1, -1, 2)):
         agree(x, norm_of(x, 2))
     x = tensor((2, 4, 4, 5))
-    forward, _ = kernels()
-    added = tensor((2, 4, 1, 1), seed=3)  # an embedding: one value a sample and channel, never copied out
-    y, total, _, _ = forward.forward(x, norm_of(x, 2), added.expand_as(x))
-    assert torch.equal(total, x + added)
-    torch.testing.assert_close(y, m.reference(x + added, norm_of(x, 2)))
+    agree(x, norm_of(x, 2), tensor((2, 4, 1, 5), seed=3).expand_as(x))
 
 
 def test_no_access_outside():
@@ -120,8 +146,9 @@ def no_access_outside():
     """Every tensor lies between walls of NaN: what is read beyond one poisons a result, what is written breaks a wall."""
     forward, _ = kernels()
     x, residual, weight = (guarded(tensor(s, seed=i)) for i, s in enumerate([(1, 6, 5, 7), (1, 6, 5, 7), (6,)]))
-    norm = m.Norm(2, weight[1], weight[1], 1e-5, None, None, True)
-    walls = [x, residual, weight]
+    added = guarded(tensor((1, 6), seed=3))
+    norm = m.Norm(2, weight[1], weight[1], 1e-5, None, None, True, added[1])
+    walls = [x, residual, weight, added]
     empty = torch.empty_like
 
     def fenced(like, **options):
@@ -137,7 +164,7 @@ def no_access_outside():
     for buffer, inner in walls:
         edge = (buffer.numel() - inner.numel()) // 2
         assert buffer[:edge].isnan().all() and buffer[-edge:].isnan().all()
-    assert len(walls) == 5
+    assert len(walls) == 6
 
 
 def guarded(x):
@@ -229,6 +256,6 @@ def test_compiled_kernels_do_not_spill(everything):
     assert len({f["kernel"].split()[0] for f in found}) == 8
     assert all(f["shared"] <= 48 * 1024 for f in found)
     at_sites = [f for f in found if f["elements"]]
-    assert len(at_sites) == 3 * 13
+    assert len(at_sites) == 3 * 15
     for f in at_sites:
         assert 0 < f["instructions"] / f["elements"] <= f["most"], f
