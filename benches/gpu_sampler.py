@@ -20,7 +20,7 @@ from gpu_stage import Case, Stage
 from gpu_timing import DEVICE, launched
 
 import fastdiff as fd
-from fastdiff import fused
+from fastdiff import sampling
 from fastdiff.sampling import begin, run
 
 NFE, SCALE = 8, 3.0
@@ -32,7 +32,7 @@ ALLOWED = 1e-5  # of the largest value, between two updates in float32
 
 def by_torch() -> Any:
     """The loop that writes every term of every row, as on the CPU."""
-    return patch.object(fused, "fits", lambda plan: False)
+    return patch.object(sampling, "by_rows", lambda x: False)
 
 
 def guided(network: Callable[..., Any], shape: tuple[int, ...]) -> fd.Denoiser:

@@ -96,7 +96,7 @@ def _walk(group: Sequence[Step], states: np.ndarray, prediction: np.ndarray | No
         for register in step.keeps:
             states[1 + register] = prediction
         for register, p, q in step.stores:
-            states[1 + register] = (p or 0.0) * y + (0.0 if q is None else q * prediction)
+            states[1 + register] = (p or 0.0) * y + (0.0 if q is None or prediction is None else q * prediction)
         if step.draw is not None:
             states[1 + step.draw] = noises.pop(0)
         base = sum(w * states[1 + r] for r, w in step.base or ())

@@ -6,9 +6,9 @@ tensor it leaves (the next point, the base, what is kept for later rows). All ma
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import ops
 from .denoiser import Denoiser, Folded
-from .noise import NoiseSource, Seeded
+from .noise import NoiseSource, Seeded, of_learned_strength
 from .philox import seed_bits
 from .plans import Plan
 from .program import Step, Terms
@@ -27,30 +27,44 @@ BASE = 0
 
 
 @dataclass(frozen=True)
-class Matrix:
-    """A row to run. `reads` names the columns, the noise last; `writes` says which register each line's tensor becomes, None
-    for the next point alone; `keeps` are registers that become a tensor that is there already."""
+class Row:
+    """What a row does, whatever its numbers are. `reads` names the columns, the noise last; `writes` says which register each
+    line's tensor becomes, None for the next point alone; `keeps` are registers that become a tensor that is there already;
+    `learned` says that the network makes the noise's strength; no later row reads what is `free`."""
 
-    step: Step
+    call: bool
     folded: bool
+    draws: bool
+    learned: bool
     reads: tuple[Column, ...]
     writes: tuple[int | None, ...]
     keeps: tuple[tuple[int, Column], ...]
+    free: tuple[int, ...]
+
+
+class Matrix(NamedTuple):
+    """A row with its numbers: its time, its weights (a line for each of `writes`, a column for each of `reads`), and between what
+    a learned strength lies."""
+
+    row: Row
+    t: float
     weights: np.ndarray
+    strength: tuple[float, float] | None
 
 
-def fits(plan: Plan) -> bool:
-    """Whether every row of a plan is linear: a learned variance multiplies the noise by what the network says."""
-    return not plan.learned_variance
-
-
-def matrices(plan: Plan, folded: Callable[[float], Folded | None]) -> list[Matrix]:
-    """The steps of a plan's program for a denoiser whose arithmetic at time t is `folded(t)`; in float64."""
+def matrices(plan: Plan, denoiser: Any) -> list[Matrix]:
+    """The steps of a plan's program for a denoiser; in float64."""
+    folded = denoiser.folded if isinstance(denoiser, Denoiser) else lambda t: None
     out, same = [], True  # whether the point is the base
     for step in plan.program.all:
-        out.append(_matrix(step, folded(step.t) if step.call else None, same))
+        out.append(_matrix(step, folded(step.t) if step.call and step.var is None else None, same))
         same = step.base is None
     return out
+
+
+def table(steps: Sequence[Matrix]) -> list[float]:
+    """The numbers of all rows, as `points` reads them."""
+    return [float(v) for step in steps for v in (*step.weights.ravel(), *(step.strength or ()))]
 
 
 def _matrix(step: Step, folded: Folded | None, same: bool) -> Matrix:
@@ -81,8 +95,11 @@ def _matrix(step: Step, folded: Folded | None, same: bool) -> Matrix:
         else:
             lines.append((register, value))
     reads = sorted({c for _, line in lines for c in line} or {BASE}, key=lambda c: (c == "noise", str(c)))
-    table = np.array([[line.get(c, 0.0) for c in reads] for _, line in lines])
-    return Matrix(step, folded is not None, tuple(reads), tuple(r for r, _ in lines), tuple(keeps), table)
+    row = Row(
+        step.call, folded is not None, step.draw is not None, step.var is not None, tuple(reads), tuple(r for r, _ in lines),
+        tuple(keeps), step.free,
+    )  # fmt: skip
+    return Matrix(row, step.t, np.array([[line.get(c, 0.0) for c in reads] for _, line in lines]), step.var)
 
 
 def _add(terms: list[tuple[float, Vector]]) -> Vector:
@@ -109,10 +126,10 @@ class Draws:
             self.source.check(len(self.like))
             self.seeds = seed_bits(self.source.seeds, self.like.device)
 
-    def next(self) -> Tensor | None:
-        """The next draw; None where the op makes it."""
+    def next(self, needed: bool) -> Tensor | None:
+        """The next draw; None where the op makes it, unless the tensor is needed."""
         self.made += 1
-        if self.seeds is not None:
+        if self.seeds is not None and not needed:
             return None
         assert self.source is not None
         return self.source(self.made, self.like.shape, self.like.device).to(self.like.dtype)
@@ -122,41 +139,52 @@ def run(
     denoiser: Any, plan: Plan, x: Tensor, source: NoiseSource | None, callback: Callable[[int, Tensor], None] | None = None
 ) -> Tensor:
     """`sampling.run` with a step of the program as one op."""
-    registers = {BASE: x}
-    folds = isinstance(denoiser, Denoiser)
-    steps = matrices(plan, denoiser.folded if folds else lambda t: None)
-    table = torch.tensor(np.concatenate([step.weights.ravel() for step in steps]), dtype=x.dtype, device=x.device)
-    draws, y, first = Draws(source, x), x, 0
-    for i, step in enumerate(steps, start=len(plan.rows) - len(steps)):  # the opening, where there is one, is no row
-        last = first + step.weights.size
-        y = _advance(denoiser, step, table[first:last].view(step.weights.shape), registers, y, draws)
-        first = last
-        if callback is not None and i >= 0:
+    steps, y = matrices(plan, denoiser), x
+    numbers = torch.tensor(table(steps), dtype=x.dtype, device=x.device)
+    rows = [(step.row, step.t) for step in steps]
+    for i, y in enumerate(points(denoiser, rows, numbers, x, source), start=len(plan.rows) - len(steps)):
+        if callback is not None and i >= 0:  # the opening, where there is one, is no row
             callback(i, y)
     return y
 
 
+def points(
+    denoiser: Any, rows: Sequence[tuple[Row, float]], numbers: Tensor, x: Tensor, source: NoiseSource | None
+) -> Iterator[Tensor]:
+    """The point after each row, at its time, from the start x; `numbers` is `table` on x's device. No host sync."""
+    registers, draws, y, first = {BASE: x}, Draws(source, x), x, 0
+    for row, t in rows:
+        size = len(row.writes) * len(row.reads)
+        weights = numbers[first : first + size].view(len(row.writes), -1)
+        strength = numbers[first + size : first + size + 2].unbind() if row.learned else ()
+        first += size + len(strength)
+        y = _advance(denoiser, row, t, weights, strength, registers, y, draws)
+        yield y
+
+
 def _advance(
-    denoiser: Any, row: Matrix, weights: Tensor, registers: dict[int, Tensor], y: Tensor, draws: Draws
-) -> Tensor:
+    denoiser: Any, row: Row, t: float, weights: Tensor, strength: Sequence[Tensor], registers: dict[int, Tensor], y: Tensor,
+    draws: Draws,
+) -> Tensor:  # fmt: skip
     """One row: the network's call and the op; what no later row reads is gone at the end."""
     there: dict[Column, Tensor] = {"y": y} | dict(registers)
-    if row.step.call:
-        given = denoiser.outputs(y, row.step.t) if row.folded else (denoiser(y, row.step.t),)
+    z = draws.next(row.learned) if row.draws else None
+    if row.learned:
+        there["f0"], v = denoiser.with_variance(y, t)
+        z = None if z is None else of_learned_strength(z, v, *strength)
+    elif row.call:
+        given = denoiser.outputs(y, t) if row.folded else (denoiser(y, t),)
         there |= {f"f{i}": f for i, f in enumerate(given)}
-    seeds = None
-    if row.step.draw is not None:
-        z = draws.next()
-        if z is not None:
-            there["noise"] = z
-        elif "noise" in row.reads:
-            seeds = draws.seeds
-    made = ops.combine([there[c] for c in row.reads if c in there], weights, seeds, draws.made if seeds is not None else 0)
+    if z is not None:
+        there["noise"] = z
+    seeds = draws.seeds if "noise" in row.reads and z is None else None
+    columns = [there[c] for c in row.reads if c != "noise" or z is not None]
+    made = ops.combine(columns, weights, seeds, draws.made if seeds is not None else 0)
     for register, column in row.keeps:
         registers[register] = there[column]
     for written, tensor in zip(row.writes, made, strict=True):
         if written is not None:
             registers[written] = tensor
-    for r in row.step.free:
+    for r in row.free:
         registers.pop(r, None)
     return made[0]

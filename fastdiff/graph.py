@@ -1,30 +1,32 @@
 """The loop as a CUDA graph: captured once for each shape and dtype, replayed with new noise and with other plans.
 
-What varies lies in one table on the device: the weights of the plan's program, then four scalars (c_in, c_skip, c_out, c_noise)
-for each call of each network. The captured kernels read it. What the loop does with these numbers is its layout and stays: which
-registers a row sums, where it draws, where guidance acts. Plans of one solver and length mostly share a layout.
+A row is one op (fastdiff.fused). What varies lies in one table on the device: the weights of the rows, then four scalars (c_in,
+c_skip, c_out, c_noise) for each call of each network. The captured kernels read it. What the loop does with these numbers is its
+layout and stays: which tensors a row sums, where it draws, where guidance acts. Plans of one solver and length mostly share one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import fused
 from .denoiser import Denoiser
 from .errors import FastdiffError
+from .fused import Row
 from .noise import stacked
 from .plans import Plan
 from .prediction import Coefficients
-from .program import Program
-from .sampling import DenoiserLike, Executor, run
+from .sampling import DenoiserLike, Executor
 
 DTYPES = (torch.float32, torch.float64)
 Loop = Callable[[], None]  # reads and writes tensors that stay where they are
+Rows = list[tuple[Row, float]]
 
 
 def record_cuda(loop: Loop) -> Loop:
@@ -52,45 +54,35 @@ class Moment(float):
 
 @dataclass(frozen=True)
 class Layout:
-    """What a captured loop keeps of a plan: its program with places in the table for weights, and for each row, where the
-    network is called, what the denoiser takes from the host. A loop can run every plan of an equal layout."""
+    """What a captured loop keeps of a plan: what its rows do, and for each, where the network is called, what the denoiser takes
+    from the host. A loop can run every plan of an equal layout."""
 
-    program: Program
+    rows: tuple[Row, ...]
     choices: tuple[tuple[Any, ...] | None, ...]
 
     @classmethod
     def of(cls, denoiser: DenoiserLike, plan: Plan) -> tuple[Layout, list[float]]:
         """The layout of a plan, and its table."""
-        table: list[float] = []
-
-        def place(weight: float) -> int:
-            table.append(weight)
-            return len(table) - 1
-
-        program = plan.program.mapped(place)
+        steps = fused.matrices(plan, denoiser)
+        table = fused.table(steps)
         choices: list[tuple[Any, ...] | None] = []
-        for step in plan.program.steps:
-            choices.append(_choices(denoiser, step.t) if step.call else None)
-            for leaf in leaves(denoiser) if step.call else ():
-                (c_in, c_skip, c_out), c_noise = leaf.level(step.t)
-                table += [c_in, c_skip, c_out, c_noise]
-        timeless = Program(
-            None if program.opening is None else replace(program.opening, t=0.0),
-            tuple(replace(step, t=0.0) for step in program.steps),
-        )
-        return cls(timeless, tuple(choices)), table
+        for row, t, *_ in steps:
+            choices.append(_choices(denoiser, t) if row.call else None)
+            for leaf in leaves(denoiser) if row.call else ():
+                c, c_noise = leaf.level(t)
+                table += [*c, c_noise]
+        return cls(tuple(step.row for step in steps), tuple(choices)), table
 
-    def bound(self, denoiser: DenoiserLike, times: list[float], table: Tensor) -> tuple[Program, list[dict[float, Any]]]:
-        """The program over the table's entries, 0-d tensors, and the levels of each leaf by the program's own times."""
-        entries = iter(table.unbind())  # in the order in which `of` filled it
-        program = self.program.mapped(lambda place: next(entries))
-        steps = tuple(replace(step, t=Moment(t)) for step, t in zip(program.steps, times, strict=True))
-        levels: list[dict[float, Any]] = [{} for _ in leaves(denoiser)]
-        for step in steps:
-            for known in levels if step.call else ():
-                known[step.t] = Coefficients(next(entries), next(entries), next(entries)), next(entries)
-        assert next(entries, None) is None
-        return Program(program.opening, steps), levels
+    def bound(self, denoiser: DenoiserLike, times: list[float], table: Tensor) -> tuple[Rows, list[dict[float, Any]]]:
+        """The rows with their times, and the levels of each leaf by these, 0-d tensors: the table's last entries."""
+        rows: Rows = [(row, Moment(t)) for row, t in zip(self.rows, times, strict=True)]
+        found = leaves(denoiser)
+        levels: list[dict[float, Any]] = [{} for _ in found]
+        entries = iter(table[len(table) - 4 * len(found) * sum(row.call for row in self.rows) :].unbind())
+        for row, t in rows:
+            for known in levels if row.call else ():
+                known[t] = Coefficients(next(entries), next(entries), next(entries)), next(entries)
+        return rows, levels
 
 
 def leaves(denoiser: DenoiserLike) -> list[Denoiser]:
@@ -166,9 +158,9 @@ class Captured(Executor):
         self.plan, self.table = plan, table
 
     def _difference(self, layout: Layout) -> str:
-        if layout.program != self.layout.program:
-            return "what its rows sum, keep or draw"
-        return "where guidance acts, or what else the denoiser takes from the times"
+        if layout.choices != self.layout.choices:
+            return "where guidance acts, or what else the denoiser takes from the times"
+        return "what its rows sum, keep or draw"
 
     def execute(self, x: Tensor, noises: Tensor) -> Tensor:
         key = tuple(x.shape), x.dtype
@@ -193,12 +185,14 @@ class Captured(Executor):
         return Capture(start, draws, table, out)
 
     def _loop_over(self, capture: Capture) -> Loop:
-        times = [row.t for row in self.plan.rows]
-        program, levels = self.layout.bound(self.denoiser, times, capture.table)
+        times = [step.t for step in self.plan.program.all]
+        rows, levels = self.layout.bound(self.denoiser, times, capture.table)
 
         def loop() -> None:
             with _known(self.denoiser, levels):
-                capture.out.copy_(run(self.denoiser, program, capture.x, stacked(capture.noises)))
+                for y in fused.points(self.denoiser, rows, capture.table, capture.x, stacked(capture.noises)):
+                    point = y
+                capture.out.copy_(point)
 
         return loop
 

@@ -106,3 +106,9 @@ def stacked(noises: Tensor) -> NoiseSource:
         return noises[draw - 1]
 
     return source
+
+
+def of_learned_strength(z: Tensor, v: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
+    """A noise z times a factor that the network chose: its log goes from `low` at v = -1 to `high` at 1 (Nichol and Dhariwal
+    2021, eq. 15)."""
+    return (v * ((high - low) / 2)).add_((high + low) / 2).exp_().mul_(z)

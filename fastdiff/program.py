@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from .plans import Plan
 
-Weight = Any  # a float; in a `mapped` program what stands for one: its place in a table, the 0-d tensor that holds it
-Terms = tuple[tuple[int, Weight], ...]  # (register, weight)
+Terms = tuple[tuple[int, float], ...]  # (register, weight)
 Named = list[tuple[str, float]]
 FAR = 2.0**8  # a register's factor lies between this and its inverse: a state in float16 has room for it
 CANCELLED = 1e-12  # what rounding leaves of two equal weights is a smaller part of them (of the registry's plans 3e-16)
@@ -30,27 +28,14 @@ class Step:
     t: float
     call: bool
     keeps: tuple[int, ...]
-    stores: tuple[tuple[int, Weight | None, Weight | None], ...]
+    stores: tuple[tuple[int, float | None, float | None], ...]
     draw: int | None
     next: Terms
     base: Terms | None
     free: tuple[int, ...]
-    var: tuple[Weight, Weight] | None = None
+    var: tuple[float, float] | None = None
     onto: bool = False
     own: bool = False
-
-    def mapped(self, f: Callable[[Weight], Weight]) -> Step:
-        """The same step with f(w) for each weight w, called in one order for all steps of the same form."""
-        def some(w: Weight | None) -> Weight | None:
-            return None if w is None else f(w)
-
-        def each(terms: Terms) -> Terms:
-            return tuple((register, f(w)) for register, w in terms)
-
-        stores = tuple((register, some(p), some(q)) for register, p, q in self.stores)
-        point, base = each(self.next), None if self.base is None else each(self.base)
-        var = None if self.var is None else (f(self.var[0]), f(self.var[1]))
-        return replace(self, stores=stores, next=point, base=base, var=var, own=False)  # the weight need not be 1
 
 
 @dataclass(frozen=True)
@@ -72,11 +57,6 @@ class Program:
             used += [*s.keeps, *(r for r, _, _ in s.stores), *(r for r, _ in (*s.next, *(s.base or ())))]
             used += [] if s.draw is None else [s.draw]
         return 1 + max(used)
-
-    def mapped(self, f: Callable[[Weight], Weight]) -> Program:
-        """The same program with f(w) for each weight w, called in one order for all programs of the same form."""
-        opening = None if self.opening is None else self.opening.mapped(f)
-        return Program(opening, tuple(step.mapped(f) for step in self.steps))
 
 
 def compile_program(plan: Plan) -> Program:

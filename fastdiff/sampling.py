@@ -14,9 +14,9 @@ from torch import Tensor
 from . import fused
 from .brownian import shared_path
 from .errors import FastdiffError, NonFiniteError
-from .noise import NoiseSource, check_seeds, from_seeds
+from .noise import NoiseSource, check_seeds, from_seeds, of_learned_strength
 from .plans import Plan
-from .program import Program, Step, Terms, Weight
+from .program import Program, Step, Terms
 from .scalars import Factor, factors, itself
 
 DenoiserLike = Callable[[Tensor, Any], Tensor]
@@ -173,11 +173,11 @@ def run(
     denoiser: DenoiserLike, plan: Plan | Program, x: Tensor, source: NoiseSource | None = None, callback: Callback | None = None
 ) -> Tensor:
     """The loop: x is the state at the plan's start level. No host sync, no arithmetic on weights, dead history dropped. On a GPU
-    a row is one op (fastdiff.fused), where its rows are linear and the state is float32.
+    a row is one op (fastdiff.fused), where the state is float32.
 
-    Instead of a plan its program will do, whose weights then may be 0-d tensors on the state's device.
+    Instead of a plan its program will do, for who traces the loop.
     """
-    if isinstance(plan, Plan) and x.is_cuda and x.dtype == torch.float32 and fused.fits(plan):
+    if isinstance(plan, Plan) and by_rows(x):
         return fused.run(denoiser, plan, x, source, callback)
     program = plan.program if isinstance(plan, Plan) else plan
     registers: dict[int, Any] = {0: x, POINT: x}
@@ -201,6 +201,11 @@ def run(
     return registers[POINT]
 
 
+def by_rows(x: Tensor) -> bool:
+    """Whether a row of a state x is one op."""
+    return x.is_cuda and x.dtype == torch.float32
+
+
 def _predict(denoiser: DenoiserLike, y: Tensor, step: Step) -> Predicted:
     """What a row's call of the denoiser gives."""
     if step.var is not None:
@@ -221,7 +226,7 @@ def advance(
         registers[register] = _pair(y, p, d, q, factor)
     del d, y  # what no later row reads is gone before anything new is made
     if step.draw is not None:
-        registers[step.draw] = draw() if v is None or step.var is None else _scaled(draw(), v, *step.var)
+        registers[step.draw] = draw() if v is None or step.var is None else of_learned_strength(draw(), v, *step.var)
     del v
     if step.onto:
         registers[0] = _base(registers, step, factor)
@@ -249,29 +254,16 @@ def _sum(registers: dict[int, Any], terms: Terms, factor: Factor) -> Tensor:
     return _plus(registers[r] * factor(w), registers, terms[1:])
 
 
-def _plus(total: Tensor, registers: dict[int, Any], terms: Iterable[tuple[int, Weight]]) -> Tensor:
+def _plus(total: Tensor, registers: dict[int, Any], terms: Iterable[tuple[int, float]]) -> Tensor:
     for r, w in terms:
-        if isinstance(w, float):  # as `_add`, without the call
-            total.add_(registers[r], alpha=w)
-        else:
-            _add(total, registers[r], w)
+        total.add_(registers[r], alpha=w)
     return total
 
 
-def _add(total: Tensor, x: Tensor, w: Weight) -> Tensor:
-    """total += w*x, in place: a float is handed to the kernel, a 0-d tensor read by it."""
-    return total.add_(x, alpha=w) if isinstance(w, float) else total.addcmul_(x, w)
-
-
-def _pair(y: Tensor, p: Weight, d: Tensor | None, q: Weight, factor: Factor) -> Tensor:
+def _pair(y: Tensor, p: float | None, d: Tensor | None, q: float | None, factor: Factor) -> Tensor:
     if d is None or q is None:
         return y * factor(p)
-    return d * factor(q) if p is None else _add(y * factor(p), d, q)
-
-
-def _scaled(z: Tensor, v: Tensor, low: Weight, high: Weight) -> Tensor:
-    """A noise of learned strength: the log of its factor goes from `low` at v = -1 to `high` at 1."""
-    return (v * ((high - low) / 2)).add_((high + low) / 2).exp_().mul_(z)
+    return d * factor(q) if p is None else (y * factor(p)).add_(d, alpha=q)
 
 
 def _explain(denoiser: DenoiserLike, plan: Plan, state: Tensor, source: NoiseSource | None) -> None:

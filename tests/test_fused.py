@@ -43,12 +43,10 @@ def both(den, plan, noise=None, dtype=torch.float32):
 @pytest.mark.parametrize("name", sorted(set(fd.list_solvers()) - {"annealed-langevin"}))  # hundreds of like rows
 def test_every_solver(name):
     plan = fd.plan(name, SCHEDULE, 6)
-    if not fused.fits(plan):
-        pytest.skip("learned variance is not linear")
     _, _, (left, right) = both(denoiser(), plan, dtype=torch.float64)  # float32 rounds apart where weights are large
     torch.testing.assert_close(torch.stack(right), torch.stack(left), rtol=1e-9, atol=1e-9)
-    for row in fused.matrices(plan, guided().folded):
-        assert len(row.reads) <= INPUTS and len(row.writes) <= OUTPUTS
+    for row in fused.matrices(plan, guided()):
+        assert len(row.row.reads) <= INPUTS and len(row.row.writes) <= OUTPUTS
 
 
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v", "flow", "score", "edm", "both"])
@@ -73,9 +71,9 @@ def test_guidance(options):
 
 def test_guidance_and_conversion_are_part_of_the_row():
     """Two outputs of the network and the base go in, the next point and what is kept come out: five passes, not twenty."""
-    row = fused.matrices(fd.plan("dpmpp-2m", SCHEDULE, 6), guided().folded)[2]
+    row, _, weights, _ = fused.matrices(fd.plan("dpmpp-2m", SCHEDULE, 6), guided())[2]
     assert [c for c in row.reads if str(c).startswith("f")] == ["f0", "f1"] and len(row.reads) == 4
-    assert row.weights.shape == (2, 4)
+    assert weights.shape == (2, 4)
 
 
 def test_a_guidance_that_is_not_linear_is_called_whole():
@@ -105,4 +103,14 @@ def test_a_network_with_learned_variance_keeps_its_first_half():
 
     den = fd.Denoiser(twice, SCHEDULE, "eps", shape=SHAPE)
     eager, ours, _ = both(den, fd.plan("ddim", SCHEDULE, 4))
+    torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-5)
+
+
+def test_noise_of_learned_strength():
+    """Whose factor the network says: the noise is made beside the op, its strength on the device."""
+    def twice(x, t):
+        return torch.cat([network(x, t), torch.sin(3 * x)], 1)
+
+    den = fd.Denoiser(twice, SCHEDULE, "eps", shape=SHAPE)
+    eager, ours, _ = both(den, fd.plan("ddpm", SCHEDULE, 5, variance="learned"))
     torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-5)

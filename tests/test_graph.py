@@ -6,6 +6,7 @@ import torch
 
 import fastdiff as fd
 from fastdiff.errors import FastdiffError
+from fastdiff.fused import matrices
 from fastdiff.graph import Captured, Layout, Moment
 from fastdiff.noise import stacked
 from fastdiff.sampling import run
@@ -24,7 +25,7 @@ def eager(den, plan, start, noises):
 
 @every.every
 def test_every_plan_runs_through_its_table(case):
-    """In float64 the table is exact. In float32 a weight is rounded before it multiplies: within eager's own rounding."""
+    """In float64 the table is exact. In float32 a row rounds elsewhere than the eager loop: at most twice its error."""
     plan, den = every.make(case), every.denoiser()
     start, noises = every.given(plan)
     loop = captured(den, plan)
@@ -34,7 +35,7 @@ def test_every_plan_runs_through_its_table(case):
 
     single, found = eager(den, plan, start.float(), noises.float()), loop.execute(start.float(), noises.float())
     assert found.dtype == torch.float32
-    assert (found - single).abs().max() <= 2e-6 * scale + (single - double).abs().max()
+    assert (found - double).abs().max() <= 2e-6 * scale + 2 * (single - double).abs().max()
     assert set(loop.captures) == {(tuple(start.shape), torch.float64), (tuple(start.shape), torch.float32)}
     assert not [t for t in den.levels if isinstance(t, Moment)]  # the denoiser is left as it was
 
@@ -170,11 +171,10 @@ def test_a_denoiser_that_is_any_callable_keeps_its_times():
 def test_the_table_holds_the_weights_and_then_the_levels():
     plan, den = every.make("ddim", nfe=2), every.denoiser()
     layout, table = Layout.of(den, plan)
-    weights = [w for step in plan.program.steps for _, w in step.next]
+    steps = matrices(plan, den)
     levels = [v for row in plan.rows for c, told in [den.level(row.t)] for v in (*c, told)]
-    assert table == weights + levels
-    places = [place for step in layout.program.steps for _, place in step.next]
-    assert places == list(range(len(weights))) and layout.choices == ((), ())
+    assert table == [w for step in steps for w in step.weights.ravel()] + levels
+    assert layout.rows == tuple(step.row for step in steps) and layout.choices == ((), ())
 
 
 def test_mistakes_are_named():
