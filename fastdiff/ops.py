@@ -30,7 +30,7 @@ def group_norm_silu(
     if residual is not None and x.ndim > 2 and residual.shape == (*x.shape[:2], *(1,) * (x.ndim - 2)):
         added, residual = residual.flatten(1), None
     norm = fused.Norm(groups, weight, bias, eps, scale, shift, silu, added)
-    if x.device.type != "cuda" or by_torch(x):  # the op would make the same numbers, and the statistics for its gradient
+    if by_torch(x):  # the op would make the same numbers, and the statistics for its gradient
         try:
             return fused.reference(x if residual is None else x + residual, norm)
         except Exception:
@@ -42,10 +42,12 @@ def group_norm_silu(
 
 
 def by_torch(x: Tensor) -> bool:
-    """Whether torch's operations do better than the op on a GPU: no kernel takes x, or somebody takes forward-mode derivatives
+    """Whether torch's operations do better than the op: no kernel takes x, or somebody takes forward-mode derivatives
     (torch.func.jvp), which a registered op would drop silently."""
     from .kernels.group_norm import DTYPES
 
+    if x.device.type != "cuda":
+        return True
     if torch.compiler.is_compiling():
         return False
     return why_torch(x.device) is not None or x.dtype not in DTYPES or torch.autograd.forward_ad._current_level >= 0

@@ -105,15 +105,15 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Ten
 
 
 class Norm(nn.GroupNorm):
-    """GroupNorm with 32 groups, optionally followed by scale, shift and SiLU in one operation."""
+    """GroupNorm with 32 groups, optionally of x and an embedding, and followed by scale, shift and SiLU, in one operation."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(32, channels)
 
     def forward(
-        self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, silu: bool = False
+        self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, silu: bool = False, added: Tensor | None = None
     ) -> Tensor:
-        return ops.group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, scale, shift, silu)
+        return ops.group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, scale, shift, silu, added)
 
 
 def zero_(module: nn.Module) -> nn.Module:
@@ -173,7 +173,7 @@ class ResBlock(nn.Module):
             scale, shift = e.chunk(2, dim=1)
             h = norm(h, scale, shift, silu=True)
         else:
-            h = norm(h + e[:, :, None, None], silu=True)
+            h = norm(h, silu=True, added=e[:, :, None, None])
         return self.skip_connection(x) + conv(dropout(h))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import interpreted
 import pytest
+import torch
 
 from fastdiff.models.unet import UNet, UNetConfig
 
@@ -66,7 +67,8 @@ def test_check(dry):
         ROWS=[((2, 1, 3, 5), 3, 2)],
     )  # fmt: skip
     assert {row["op"] for row in seen} == {"group_norm", "attention", "combine"}
-    assert all(0 <= row["y"] <= 1 for row in seen) and {"noise", "embedded", "p", "dx", "dk"} <= {name for row in seen for name in row}
+    found = {name for row in seen for name in row}
+    assert all(0 <= row["y"] <= 1 for row in seen) and {"noise", "embedded", "p", "dx", "dk"} <= found
 
 
 @needs_triton
@@ -95,6 +97,14 @@ def test_unet(dry, networks, capsys):
 def test_sampler(dry, networks):
     seen = dry("sampler", BATCHES=(1,), STATES=[(2, 1, 4, 4)], NFE=3, NETWORKS=networks)
     assert len(seen) == 4 and all(row["torch us/row"] > 0 for row in seen[:3]) and seen[3]["ours ms"] > 0
+
+
+@needs_triton
+def test_launches_are_counted(networks):
+    """Of the small U-Net's GroupNorms each is one kernel of ours, and takes in what torch launches beside its three."""
+    row = importlib.import_module("count_launches").count("small")
+    norms = [module for module in UNet(SMALL).modules() if isinstance(module, torch.nn.GroupNorm)]
+    assert row["before"] - row["after"] >= row["norms before"] - row["norms after"] > 2 * len(norms)
 
 
 STAGE = """
