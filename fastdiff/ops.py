@@ -64,7 +64,8 @@ def backends() -> dict[str, str]:
     """What each op runs on here: "triton", or "torch" and why."""
     from .kernels import attention
 
-    reason = why_torch(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    blind = f"torch {torch.__version__} sees no NVIDIA GPU"
+    reason = why_torch(torch.device("cuda")) if torch.cuda.is_available() else blind
     ours = "triton" if reason is None else f"torch ({reason})"
     measured = BY_MEASURE if attention.FASTER else BY_TORCH
     return {"group_norm_silu": ours, "attention": measured if reason is None else ours, "combine": ours}

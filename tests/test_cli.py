@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from functools import partial
+from importlib import metadata
 
 import numpy as np
 import pytest
@@ -295,8 +296,9 @@ def test_info(fastdiff, checkpoint):
     found = json.loads(out)
     assert code == 0 and found["fastdiff"]["torch"] == torch.__version__
     here = found["fastdiff"]
-    assert "PIL" in here["installed"] and not set(here["installed"]) & set(here["not installed"])
-    reason = "the tensors are on cpu" if not torch.cuda.is_available() else ""
+    assert here["installed"]["safetensors"] == metadata.version("safetensors")
+    assert here["installed"]["PIL"] == metadata.version("pillow") and not set(here["installed"]) & set(here["not installed"])
+    reason = "sees no NVIDIA GPU" if not torch.cuda.is_available() else ""
     assert here["cpu"].startswith(torch.backends.cpu.get_cpu_capability()) and "bfloat16" in here["cpu"]
     assert set(here["kernels"]) == {"group_norm_silu", "attention", "combine"}
     assert all(reason in runs for runs in here["kernels"].values())
@@ -305,6 +307,7 @@ def test_info(fastdiff, checkpoint):
     assert about["parameters"] == sum(p.numel() for p in tiny.network().parameters())
     assert (about["prediction"], about["schedule"]["name"], about["shape"]) == ("v", "vp_cosine", [1, 8, 8])
     code, out, _ = fastdiff("info", checkpoint)
+    assert not reason or " ".join(out.split()).count(reason) == 1  # once for all three ops
     assert code == 0 and about["sha256"] in out and "vp_cosine" in out
 
 

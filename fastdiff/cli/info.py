@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from importlib import metadata
 from importlib.util import find_spec
 from typing import Annotated, Any
 
@@ -13,8 +14,8 @@ from rich.table import Table
 from .console import CHECKPOINT_HELP, console, say
 
 OPTIONAL = (
-    "triton", "onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_rtx", "diffusers", "matplotlib", "PIL",
-    "scipy", "sklearn",
+    "numpy", "safetensors", "triton", "onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_rtx", "diffusers", "matplotlib",
+    "PIL", "scipy", "sklearn",
 )  # fmt: skip
 Json = Annotated[bool, typer.Option("--json", help="machine-readable, one object")]
 
@@ -62,7 +63,7 @@ def info(
     for title, entries in found.items():
         table = Table(box=None, show_header=False, title=title, title_justify="left")
         for key, value in entries.items():
-            table.add_row(key, _plain(value))
+            table.add_row(key, _plain(_by_value(value) if key == "kernels" else value))
         table.columns[0].no_wrap, table.columns[1].overflow = True, "fold"  # a hash is shown whole
         console.print(table, markup=False)
 
@@ -75,7 +76,7 @@ def _environment() -> dict[str, Any]:
     from ..variants import has_bf16
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    present = {name: find_spec(name) is not None for name in OPTIONAL}  # asked for, never imported
+    versions = {name: _version(name) for name in OPTIONAL}
     return {
         "version": __version__,
         "python": platform.python_version(),
@@ -84,10 +85,18 @@ def _environment() -> dict[str, Any]:
         "cpu": f"{torch.backends.cpu.get_cpu_capability()}, {'with' if has_bf16() else 'without'} instructions for bfloat16",
         "cuda": [torch.cuda.get_device_name(i) for i in range(count)],
         "kernels": ops.backends(),
-        "installed": [name for name, here in present.items() if here],
-        "not installed": [name for name, here in present.items() if not here],
+        "installed": {name: version for name, version in versions.items() if version},
+        "not installed": [name for name, version in versions.items() if not version],
         "shipped models": list(SHIPPED),
     }
+
+
+def _version(module: str) -> str | None:
+    """The version of what a module is part of, never imported; None where it is not installed."""
+    if find_spec(module) is None:
+        return None
+    owners = metadata.packages_distributions().get(module)
+    return metadata.version(owners[0]) if owners else "of unknown version"
 
 
 def _checkpoint(name: str) -> dict[str, Any]:
@@ -128,6 +137,11 @@ def _short(value: Any) -> Any:
         ends = f", {value[0]:.6g} to {value[-1]:.6g}" if isinstance(value[0], float) else ""
         return f"{len(value)} entries{ends}"
     return value
+
+
+def _by_value(entries: dict[str, str]) -> list[str]:
+    """What runs the same way is said once."""
+    return [f"{', '.join(k for k, v in entries.items() if v == value)}: {value}" for value in dict.fromkeys(entries.values())]
 
 
 def _plain(value: object) -> str:
