@@ -58,5 +58,7 @@ def cases(everything):
             for channels_first in (False, True):
                 for queries, keys in (n for n in SIZES if not channels_first or n[0] % 8 == n[1] % 8 == 0):
                     yield forward(head, queries, keys, channels_first=channels_first)
+                    if not channels_first:
+                        yield forward(head, queries, keys, "fp16")
                 if head <= 128:
                     yield from backward(head, channels_first=channels_first)

@@ -1,7 +1,6 @@
 """The Triton kernels of attention's backward, in the interpreter against float64; what they compile to is asked beside the
 forward's (test_attention_triton)."""
 
-
 import pytest
 import torch
 import torch.nn.functional as F

@@ -1,9 +1,10 @@
 """The Triton kernel of the sampler's update, in the interpreter against float64 and through the compiler for three GPUs."""
 
-
 import pytest
 import torch
 from gates import compiled
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fastdiff.philox import normals, seed_bits
 
@@ -42,6 +43,21 @@ def agree(got, inputs, weights, z=None):
 def test_sums(kernel, dtype, count, outputs):
     inputs, weights = tensors(count, (2, 3, 7), dtype), table(outputs, count)
     agree(kernel.forward(inputs, weights, None, 0), inputs, weights)
+
+
+@settings(max_examples=25)
+@given(st.data())
+def test_any_shape(data):
+    shape = (data.draw(st.integers(1, 3)), *data.draw(st.lists(st.integers(1, 20), max_size=3)))
+    count, outputs = data.draw(st.integers(1, 16)), data.draw(st.integers(1, 8))
+    dtypes = data.draw(st.lists(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]), min_size=count, max_size=count))
+    inputs = [x.to(dtype) for x, dtype in zip(tensors(count, shape), dtypes, strict=True)]
+    if data.draw(st.booleans()):
+        inputs = [x.transpose(0, -1).contiguous().transpose(0, -1) for x in inputs]
+    weights = table(outputs, count)
+    from fastdiff.kernels import combine_triton
+
+    agree(combine_triton.forward(inputs, weights, None, 0), inputs, weights)
 
 
 def test_inputs_that_are_views(kernel):

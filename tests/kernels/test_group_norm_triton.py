@@ -1,6 +1,5 @@
 """The Triton kernels of the GroupNorm family, in the interpreter against float64 and through the compiler for three GPUs."""
 
-
 import functools
 
 import numpy as np
@@ -144,27 +143,33 @@ def test_no_access_outside_of_splits(split):
 
 def no_access_outside():
     """Every tensor lies between walls of NaN: what is read beyond one poisons a result, what is written breaks a wall."""
-    forward, _ = kernels()
-    x, residual, weight = (guarded(tensor(s, seed=i)) for i, s in enumerate([(1, 6, 5, 7), (1, 6, 5, 7), (6,)]))
-    added = guarded(tensor((1, 6), seed=3))
-    norm = m.Norm(2, weight[1], weight[1], 1e-5, None, None, True, added[1])
-    walls = [x, residual, weight, added]
-    empty = torch.empty_like
+    forward, backward = kernels()
+    shapes = [(1, 6, 5, 7), (1, 6, 5, 7), (6,), (1, 6), (1, 6, 5, 7)]
+    walls = [guarded(tensor(s, seed=i)) for i, s in enumerate(shapes)]
+    x, residual, weight, added, dy = (inner for _, inner in walls)
+    norm = m.Norm(2, weight, weight, 1e-5, added, added, True, added)
 
-    def fenced(like, **options):
-        walls.append(guarded(empty(like, **options)))
-        return walls[-1][1]
+    def fenced(make):
+        def made(*given, **options):
+            walls.append(guarded(make(*given, **options)))
+            return walls[-1][1]
+
+        return made
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(m, "like", fenced)
-        patch.setattr(forward, "like", fenced)
-        y, total, _, _ = forward.forward(x[1], norm, residual[1])
-    torch.testing.assert_close(total, x[1] + residual[1], rtol=0, atol=0)
+        patch.setattr(torch, "empty_like", fenced(torch.empty_like))  # results
+        patch.setattr(torch, "empty", fenced(torch.empty))  # statistics, workspaces
+        y, total, mean, rstd = forward.forward(x, norm, residual)
+        found = backward.backward(dy, total + added[:, :, None, None], mean, rstd, norm._replace(added=None), residual)
+    torch.testing.assert_close(total, x + residual, rtol=0, atol=0)
     torch.testing.assert_close(y, m.reference(total, norm))
+    wanted = m.backward_reference(dy, total + added[:, :, None, None], mean, rstd, norm, residual)
+    for got, right in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got, right)
+    assert len(walls) >= 5 + 2 + 2 + 3
     for buffer, inner in walls:
         edge = (buffer.numel() - inner.numel()) // 2
         assert buffer[:edge].isnan().all() and buffer[-edge:].isnan().all()
-    assert len(walls) == 6
 
 
 def guarded(x):
