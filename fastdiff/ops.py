@@ -24,17 +24,17 @@ def group_norm_silu(
     Raises:
         FastdiffError: other shapes, C that `groups` does not divide, tensors on other devices.
     """
-    from .kernels import group_norm as fused
+    from .kernels import group_norm as impl
 
     added = None
     if residual is not None and x.ndim > 2 and residual.shape == (*x.shape[:2], *(1,) * (x.ndim - 2)):
         added, residual = residual.flatten(1), None
-    norm = fused.Norm(groups, weight, bias, eps, scale, shift, silu, added)
+    norm = impl.Norm(groups, weight, bias, eps, scale, shift, silu, added)
     if by_torch(x):  # the op would make the same numbers, and the statistics for its gradient
         try:
-            return fused.reference(x if residual is None else x + residual, norm)
+            return impl.reference(x if residual is None else x + residual, norm)
         except Exception:
-            fused.check(x, norm)  # says it in one line where the input is at fault; at every call it would cost 6 us
+            impl.check(x, norm)  # says it in one line where the input is at fault; at every call it would cost 6 us
             raise
     if residual is not None:
         return torch.ops.fastdiff.add_group_norm(x, residual.expand_as(x), *norm[:-1])[0]
@@ -83,11 +83,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, residual: Tensor | None = None, s
 
     Shapes: q and residual (B, heads, S, d); k and v (B, heads, S', d); views of a fused projection are read in place.
     """
-    from .kernels import attention as fused
+    from .kernels import attention as impl
 
-    if q.device.type == "cuda" and fused.faster(q, k, v):
+    if q.device.type == "cuda" and impl.faster(q, k, v):
         return torch.ops.fastdiff.attention(q, k, v, residual, scale)[0]
-    return fused.reference(q, k, v, residual, scale)
+    return impl.reference(q, k, v, residual, scale)
 
 
 def combine(inputs: Sequence[Tensor], weights: Tensor, seeds: Tensor | None = None, draw: int = 0) -> list[Tensor]:
@@ -95,9 +95,9 @@ def combine(inputs: Sequence[Tensor], weights: Tensor, seeds: Tensor | None = No
 
     Shapes: inputs (B, ...), all alike; weights (outputs, inputs or one more), on their device; seeds (B,) int64 bits.
     """
-    from .kernels import combine as fused
+    from .kernels import combine as impl
 
     if weights.device.type != "cuda":
-        fused.check(inputs, weights, seeds, draw)
-        return fused.reference(inputs, weights, seeds, draw)
+        impl.check(inputs, weights, seeds, draw)
+        return impl.reference(inputs, weights, seeds, draw)
     return torch.ops.fastdiff.combine(list(inputs), weights, seeds, draw)

@@ -44,7 +44,7 @@ def one_read_backward(
     out = pid.to(tl.int64) * per_group + row
     tl.store(p_out + out, p, inside)
     tl.store(q_out + out, q, inside)
-    count = per_group * 1.0 * positions  # either may be a constant of the compiler
+    count = per_group * 1.0 * positions  # a size of 1 is Python's int here
     out = rstd * (dz * gain[:, None] - tl.sum(gain * p, 0) / count - v * (tl.sum(gain * q, 0) / count))
     if dtotal is not None:
         out += tl.load(dtotal + b * yb + start * yc + at(row, s, yc, ys), mask, other=0.0).to(tl.float32)
@@ -58,8 +58,9 @@ def sums(
     ALL_C: tl.constexpr, ALL_S: tl.constexpr,
 ):  # fmt: skip
     """p and q of each channel over a split of `tiles` tiles, into (B, C, splits)."""
-    split = tl.program_id(0)
-    b, c, s, inside, mask = tile(split * tiles, channels, positions, BLOCK_C, BLOCK_S, ALL_C, ALL_S)
+    split, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = c < channels
     group = b * groups + c // (channels // groups)
     mean, rstd = tl.load(mean_in + group, inside, other=0.0), tl.load(rstd_in + group, inside, other=0.0)
     gain, offset = gain_offset(b, c, inside, weight, bias, scale, shift, scale_row, shift_row)
@@ -105,7 +106,7 @@ def totals(
         tl.store(q_out + start + row, q, inside)
         gp += gain * p  # p and q are zero where gain is not masked
         gq += gain * q
-    count = per_group * 1.0 * positions  # either may be a constant of the compiler
+    count = per_group * 1.0 * positions  # a size of 1 is Python's int here
     tl.store(group_p + pid, tl.sum(gp, 0) / count)
     tl.store(group_q + pid, tl.sum(gq, 0) / count)
 

@@ -2,7 +2,7 @@
 
 Every tensor is seen as (batch, channel, position) with three strides, so one kernel serves NCHW, channels-last, video and sliced
 inputs. A group that fits on chip is read once (`one_read`). A larger one is split into tiles of channels and positions:
-`moments` leaves a mean and a sum of squared deviations per channel and split (a tile, or several), `combine` joins them in a
+`moments` leaves a mean and a sum of squared deviations per channel and split (a tile, or several), `join` joins them in a
 fixed order, `apply` normalises. No atomics, and no choice depends on the batch size: a sample's result is bit-equal alone and
 among others. Statistics are two-pass in float32; pairs are joined by Chan, Golub and LeVeque (1979), eq. 2.1.
 
@@ -110,7 +110,7 @@ def one_read(
     inside0, inside1 = c0 < CHANNELS, c1 < CHANNELS
     mask0 = existing(c0, s, CHANNELS, positions, C0 <= CHANNELS, ALL_S)
     mask1 = existing(c1, s, CHANNELS, positions, C0 + C1 <= CHANNELS, ALL_S)
-    count = CHANNELS * 1.0 * positions  # either may be a constant of the compiler
+    count = CHANNELS * 1.0 * positions  # a size of 1 is Python's int here, which has no .to(tl.float32)
     v0 = load_sum(x, residual, total, c0, s, xc, xs, rc, rs, yc, ys, mask0)
     v0 = with_added(v0, added, c0, inside0, mask0)
     mean, v1 = tl.sum(v0), v0
@@ -147,10 +147,12 @@ def tile(part, channels, positions, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr
 
 @triton.jit
 def moments_of(
-    part, x, residual, total, channels, positions, xb, xc, xs, rb, rc, rs, yb, yc, ys,
+    part, x, residual, total, sizes, steps,
     BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ALL_C: tl.constexpr, ALL_S: tl.constexpr,
 ):  # fmt: skip
     """Positions of a tile; mean and sum of squared deviations of each of its channels over them."""
+    channels, positions = sizes
+    xb, xc, xs, rb, rc, rs, yb, yc, ys = steps
     b, c, s, _, mask = tile(part, channels, positions, BLOCK_C, BLOCK_S, ALL_C, ALL_S)
     x += b * xb
     if residual is not None:
@@ -170,14 +172,11 @@ def moments(
 ):  # fmt: skip
     """Mean and sum of squared deviations of each channel over a split of `tiles` tiles, into (B, C, splits)."""
     split = tl.program_id(0)
-    seen, mean, square = moments_of(
-        split * tiles, x, residual, total, channels, positions, xb, xc, xs, rb, rc, rs, yb, yc, ys, BLOCK_C, BLOCK_S, ALL_C, ALL_S
-    )
-    for i in range(1, tiles):
-        count, here_mean, here_square = moments_of(
-            split * tiles + i, x, residual, total, channels, positions, xb, xc, xs, rb, rc, rs, yb, yc, ys, BLOCK_C, BLOCK_S,
-            ALL_C, ALL_S,
-        )  # fmt: skip
+    sizes, steps = (channels, positions), (xb, xc, xs, rb, rc, rs, yb, yc, ys)
+    seen, mean, square = moments_of(split * tiles, x, residual, total, sizes, steps, BLOCK_C, BLOCK_S, ALL_C, ALL_S)
+    for i in range(1, tiles):  # a start from nothing would cost the usual single tile an instruction an element
+        part = split * tiles + i
+        count, here_mean, here_square = moments_of(part, x, residual, total, sizes, steps, BLOCK_C, BLOCK_S, ALL_C, ALL_S)
         apart, share = here_mean - mean, count / (seen + count)
         square += here_square + apart * apart * (seen * share)
         mean += apart * share
@@ -198,7 +197,7 @@ def mean_of(means, i, splits, added, inside):
 
 
 @triton.jit
-def combine(
+def join(
     means, squares, added, weight, bias, scale, shift, mean_out, rstd_out, center, factor, offset_out, groups, per_group,
     positions, splits, chunk, eps, added_row, scale_row, shift_row, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -345,7 +344,7 @@ def forward(x: Tensor, norm: Norm, residual: Tensor | None = None) -> tuple[Tens
         v, r, total, means, squares, channels, positions, cut.tiles, *v.stride(), *strides_r, *out.stride(),
         **cut.blocks(wide, all_registers=True),
     )  # fmt: skip
-    combine[(batch * norm.groups,)](
+    join[(batch * norm.groups,)](
         means, squares, *affine, mean, rstd, *per_channel, norm.groups, per_group, positions, splits, cut.tiles * cut.block_s,
         norm.eps, *rows, BLOCK=1024, BLOCK_C=128, **FUSED,
     )  # fmt: skip

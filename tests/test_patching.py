@@ -1,56 +1,22 @@
-"""fd.patch on diffusers' networks and ours: same outputs, what the report says, and undone again."""
+"""fd.patch on diffusers' networks and ours: same outputs and gradients, copied, saved and compiled, and undone again."""
 
 import copy
+import pickle
 
-import diffusers
+import peer_networks
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.models.normalization import AdaGroupNorm
+from diffusers.models.unets.unet_2d_blocks import KAttentionBlock
+from patched import NETWORKS, called, clean, conditional, noise, unconditional
 from torch import nn
 
 import fastdiff as fd
-from fastdiff import ops, patching
 from fastdiff.errors import FastdiffError
+from fastdiff.models.edm import EDMUNet
 from fastdiff.models.unet import UNet, UNetConfig
-
-CPU = "the tensors are on cpu"
-BLOCKS = {"block_out_channels": (32, 64), "norm_num_groups": 8, "layers_per_block": 1}
-
-
-def noise(*shape):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
-
-
-def unconditional(**options):
-    net = diffusers.UNet2DModel(
-        in_channels=3, out_channels=3, sample_size=8, down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"), **BLOCKS, **options,
-    )  # fmt: skip
-    return net, (noise(2, 3, 8, 8), torch.tensor([1, 500]))
-
-
-def conditional():
-    net = diffusers.UNet2DConditionModel(
-        in_channels=4, out_channels=4, sample_size=8, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=16, attention_head_dim=4, **BLOCKS,
-    )  # fmt: skip
-    return net, (noise(2, 4, 8, 8), torch.tensor([1, 500]), noise(2, 5, 16))
-
-
-def autoencoder():
-    net = diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, **BLOCKS
-    )
-    return net, (noise(1, 3, 16, 16),)
-
-
-NETWORKS = {
-    "unconditional": unconditional,
-    "scale-shift, resampling in the blocks": lambda: unconditional(
-        resnet_time_scale_shift="scale_shift", downsample_type="resnet", upsample_type="resnet"
-    ),
-    "conditional": conditional,
-    "autoencoder": autoencoder,
-}
+from fastdiff.patching.rules import ADA_NORM, ATTENTION, NORM
 
 
 @pytest.fixture(scope="module", params=NETWORKS)
@@ -60,20 +26,6 @@ def network(request):
     for p in net.parameters():  # nothing at 1 or 0, where a missing weight would not show
         p.data.add_(0.1 * torch.randn_like(p))
     return net.eval(), example
-
-
-def called(monkeypatch):
-    """How often an output went through the ops, and how often beside them."""
-    seen = {"group_norm_silu": 0, "attention": 0}
-    for name in seen:
-        whole = getattr(ops, name)
-
-        def counted(*args, name=name, whole=whole, **options):
-            seen[name] += 1
-            return whole(*args, **options)
-
-        monkeypatch.setattr(ops, name, counted)
-    return seen
 
 
 def test_same_output_through_the_ops_and_undone(network, monkeypatch):
@@ -87,10 +39,9 @@ def test_same_output_through_the_ops_and_undone(network, monkeypatch):
         torch.testing.assert_close(net(*example).sample, before, rtol=1e-4, atol=1e-4)
         assert seen == {"group_norm_silu": norms, "attention": attentions}  # every one of them
         assert report.error <= 1e-4 and not report.left and list(net.state_dict()) == names
-        assert sum(kind == patching.ATTENTION for kind in report.sites.values()) == attentions
+        assert sum(kind == ATTENTION for kind in report.sites.values()) == attentions
         report.undo()
-        assert torch.equal(net(*example).sample, before)
-        assert not any("forward" in m.__dict__ for m in net.modules())
+        assert torch.equal(net(*example).sample, before) and clean(net)
 
 
 def test_gradients_are_those_of_the_network(network):
@@ -108,28 +59,66 @@ def test_gradients_are_those_of_the_network(network):
     report.undo()
 
 
-def test_report_names_what_was_done_and_why_it_runs_on_torch():
-    net, example = unconditional()
-    report = fd.patch(net, example=example)
-    assert report.sites["down_blocks.0.resnets.0"] == patching.RESNET
-    assert report.sites["mid_block.attentions.0"] == patching.ATTENTION
-    assert report.sites[""] == patching.NORM_SILU and CPU in report.runs
-    text = str(report)
-    assert "8 x residual block" in text and f"runs on: torch ({CPU}" in text and "example before and after" in text
-    again = fd.patch(net)
-    assert not again.sites and again.already == report.sites
-    again.undo()
-    assert fd.patch(net).already  # the second undo leaves the first patch alone
-    report.undo()
-    assert not fd.patch(net).already
-
-
-def test_a_patched_network_can_be_copied_and_cast():
+def test_a_patched_network_can_be_copied_cast_and_saved(tmp_path):
     net, (x, t) = unconditional()
     fd.patch(net)
-    other = copy.deepcopy(net).double()
-    assert other(x.double(), t).sample.dtype == torch.float64
-    assert other.down_blocks[0].resnets[0].forward.__self__ is other.down_blocks[0].resnets[0]
+    want = net(x, t).sample
+    torch.save(net, tmp_path / "net.pt")
+    copies = copy.deepcopy(net), pickle.loads(pickle.dumps(net)), torch.load(tmp_path / "net.pt", weights_only=False)
+    for other in copies:
+        assert torch.equal(other(x, t).sample, want)
+        assert all(m.forward.args[0] is m for m in other.modules() if "forward" in vars(m)) and not clean(other)
+        assert other.double()(x.double(), t).sample.dtype == torch.float64
+    assert torch.equal(net(x, t).sample, want)
+
+
+@pytest.mark.slow
+def test_a_patched_network_compiles_whole(network):
+    net, example = network
+    report = fd.patch(net)
+    with torch.no_grad():
+        compiled = torch.compile(net, fullgraph=True, backend="eager")(*example).sample
+        torch.testing.assert_close(compiled, net(*example).sample, rtol=1e-5, atol=1e-5)
+    report.undo()
+
+
+class Counting(AttnProcessor2_0):
+    calls = 0
+
+    def __call__(self, *args, **kwargs):
+        self.calls += 1
+        return super().__call__(*args, **kwargs)
+
+
+def test_processors_set_after_the_patch_are_used():
+    net, example = conditional()
+    want = net.eval()(*example).sample
+    report = fd.patch(net)
+    mine = Counting()
+    net.set_attn_processor(mine)
+    torch.testing.assert_close(net(*example).sample, want, rtol=1e-4, atol=1e-4)
+    assert mine.calls == sum(kind == ATTENTION for kind in report.sites.values())
+    net.set_attn_processor(AttnProcessor2_0())
+    net.set_default_attn_processor()
+    assert {type(p) for p in net.attn_processors.values()} == {AttnProcessor}
+    torch.testing.assert_close(net(*example).sample, want, rtol=1e-4, atol=1e-4)
+    report.undo()
+    assert clean(net) and {type(p) for p in net.attn_processors.values()} == {AttnProcessor}
+
+
+@pytest.mark.parametrize("processor", [AttnProcessor, AttnProcessor2_0])
+def test_each_processor_has_its_own_scale_and_norms(processor):
+    """By hand, diffusers scales by attn.scale and leaves out norm_q and norm_k; by torch's attention, the other way round."""
+    torch.manual_seed(0)
+    attn = Attention(16, heads=2, dim_head=8, qk_norm="layer_norm", scale_qk=True, processor=processor())
+    attn.scale, x = 0.9, noise(2, 5, 16)
+    for p in attn.parameters():
+        p.data.add_(0.3 * torch.randn_like(p))
+    want = attn(x)
+    assert fd.patch(attn, example=(x,)).sites
+    torch.testing.assert_close(attn(x), want, rtol=1e-4, atol=1e-5)
+    attn.upcast_softmax = True
+    assert torch.equal(attn(x), type(attn).forward(attn, x)) or processor is AttnProcessor2_0
 
 
 def test_a_mask_goes_to_the_processor_before():
@@ -161,58 +150,40 @@ def test_a_patched_network_is_exported_with_any_batch():
         torch.testing.assert_close(graph(*given).sample, net(*given).sample, rtol=1e-4, atol=1e-4)
 
 
-class Odd(nn.GroupNorm):
-    def forward(self, x):
-        return super().forward(x.float()).type(x.dtype)
-
-
-def test_what_is_not_known_is_left_and_named():
-    net, _ = unconditional()
-    block = net.down_blocks[0].resnets[0]
-    block.norm1.register_forward_hook(lambda *_: None)
-    net.mid_block.resnets[0].nonlinearity = nn.ReLU()
-    net.mid_block.attentions[0].processor = type("Sliced", (), {"__call__": lambda *_: None})()
-    net.extra = nn.ModuleList([Odd(2, 4), nn.MultiheadAttention(4, 1), nn.GroupNorm(2, 4)])
-    report = fd.patch(net)
-    assert report.left == {
-        "down_blocks.0.resnets.0": "ResnetBlock2D: hooks are registered on it",
-        "down_blocks.0.resnets.0.norm1": "GroupNorm: hooks are registered on it",
-        "mid_block.resnets.0": "ResnetBlock2D: its activation is ReLU, not SiLU",
-        "mid_block.attentions.0": "Attention: its processor is Sliced",
-        "extra.0": "Odd: a class of its own, unknown here",
-        "extra.1": "MultiheadAttention: torch's module, which fuses by itself",
-    }
-    assert report.sites["extra.2"] == report.sites["down_blocks.0.resnets.0.norm2"] == patching.NORM
-    assert "left: 1 x Attention: its processor is Sliced" in str(report)
-
-
-def test_strict_refuses_and_leaves_nothing_behind(monkeypatch):
-    net, _ = unconditional()
-    with pytest.raises(FastdiffError, match="strict patch refused: the kernels do not run: the tensors are on cpu"):
-        fd.patch(net, strict=True)
-    monkeypatch.setattr(ops, "why_torch", lambda device: None)
-    net.extra = Odd(2, 4)
-    with pytest.raises(FastdiffError, match="strict patch refused: extra: Odd: a class of its own"):
-        fd.patch(net, strict=True)
-    assert not any("forward" in m.__dict__ for m in net.modules())
-    with pytest.raises(FastdiffError, match="nothing here is known"):
-        fd.patch(nn.Linear(2, 2), strict=True)
-    del net.extra
-    assert fd.patch(net, strict=True).runs == "triton"
-
-
-def test_outputs_that_differ_undo_everything(monkeypatch):
-    net, example = unconditional()
-    monkeypatch.setattr(ops, "attention", lambda q, k, v, scale=None: q)
-    with pytest.raises(FastdiffError, match="of its largest value away; allowed are 0"):
-        fd.patch(net, example=example)
-    assert not any("forward" in m.__dict__ for m in net.modules())
-
-
-def test_our_unet_calls_the_ops_already():
+def test_adaptive_norms_go_through_the_op():
     torch.manual_seed(0)
-    net = UNet(UNetConfig(model_channels=32, channel_mult=(1,), num_res_blocks=1, attention=(1,), head_channels=32))
-    report = fd.patch(fd.Denoiser(net, fd.schedule.vp_cosine()), example=None)
-    assert not report.sites and not report.left and set(report.already.values()) == {"Norm", "AttentionBlock"}
+    options = {"temb_channels": 8, "attention_bias": True, "cross_attention_dim": 8, "add_self_attention": True, "group_size": 4}
+    block = KAttentionBlock(16, 2, 8, **options).eval()
+    example = {"hidden_states": noise(2, 16, 4, 4), "encoder_hidden_states": noise(2, 3, 8), "emb": noise(2, 8)}
+    report = fd.patch(block, example=example)
+    assert not report.left and report.error <= 1e-5
+    assert {type(m) for m in block.modules()} >= {AdaGroupNorm, Attention}
+    assert report.sites == {"norm1": ADA_NORM, "norm2": ADA_NORM, "attn1": ATTENTION, "attn2": ATTENTION}
+
+
+def test_our_networks_call_the_ops_already(monkeypatch):
+    torch.manual_seed(0)
+    ours = UNet(UNetConfig(model_channels=32, channel_mult=(1,), num_res_blocks=1, attention=(1,), head_channels=32))
+    shapes = peer_networks.cases()["edm adm"]["weights"]
+    edm = EDMUNet({name: tuple(shape) for name, shape in shapes.items()})
+    edm.load_state_dict(peer_networks.weights(shapes))
+    noises, labels = torch.tensor([0.3, 0.5]), torch.tensor([1, 4])
+    for net, call in ((ours, (noise(2, 3, 8, 8), noises)), (edm, (noise(2, 3, 8, 8), noises, labels))):
+        report = fd.patch(net)
+        assert not report.sites and not report.left and clean(net)
+        with monkeypatch.context() as counting:
+            seen = called(counting)
+            net(*call)
+        kinds = list(report.already.values())
+        assert seen == {"group_norm_silu": kinds.count(NORM), "attention": kinds.count(ATTENTION)} and all(seen.values())
+
+
+def test_both_parts_of_a_denoiser():
+    """The network and the decoder, whose modules have the same names."""
+    net, decoder = unconditional()[0], unconditional()[0]
+    den = fd.Denoiser(net, fd.schedule.vp_cosine())
+    assert set(fd.patch(den).sites) == {f"network.{name}" if name else "network" for name in fd.patch(decoder).sites}
+    den.decoder = decoder
+    assert len(fd.patch(den).already) == 2 * 17
     with pytest.raises(FastdiffError, match="takes a torch module, or a Denoiser of one; given function"):
         fd.patch(lambda x: x)

@@ -71,15 +71,18 @@ class Conv(nn.Module):
 
 
 class Norm(nn.Module):
-    """GroupNorm with at most 32 groups of at least 4 channels, and SiLU where asked."""
+    """GroupNorm with at most 32 groups of at least 4 channels; in the same operation a sum before it, scale, shift and SiLU."""
 
     def __init__(self, shapes: Shapes, eps: float) -> None:
         super().__init__()
         self.eps, self.groups = eps, max(1, min(32, shapes["weight"][0] // 4))
         self.weight, self.bias = parameter(shapes["weight"]), parameter(shapes["bias"])
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.group_norm(x, self.groups, self.weight, self.bias, self.eps)
+    def forward(
+        self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, silu: bool = True,
+        residual: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        return ops.group_norm_silu(x, self.groups, self.weight, self.bias, self.eps, scale, shift, silu, residual)
 
 
 class Block(nn.Module):
@@ -104,18 +107,14 @@ class Block(nn.Module):
             self.qkv, self.proj = Conv(below(shapes, "qkv.")), Conv(below(shapes, "proj."))
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.conv0(F.silu(self.norm0(x)))
-        e = self.affine(emb)[:, :, None, None]
-        if self.adaptive:
-            scale, shift = e.chunk(2, dim=1)
-            h = F.silu(torch.addcmul(shift, self.norm1(h), scale + 1))
-        else:
-            h = F.silu(self.norm1(h + e))
+        h = self.conv0(self.norm0(x))
+        e = self.affine(emb)
+        h = self.norm1(h, *e.chunk(2, dim=1)) if self.adaptive else self.norm1(h, residual=e[:, :, None, None])
         h = (self.conv1(h) + self.skip(x)) * self.scale
         if not self.heads:
             return h
         b, c, height, width = h.shape
-        qkv = self.qkv(self.norm2(h)).view(b, self.heads, c // self.heads, 3, height * width).unbind(3)
+        qkv = self.qkv(self.norm2(h, silu=False)).view(b, self.heads, c // self.heads, 3, height * width).unbind(3)
         a = ops.attention(*(part.transpose(-1, -2) for part in qkv)).transpose(-1, -2).reshape(h.shape)
         return (self.proj(a) + h) * self.scale
 
@@ -216,6 +215,6 @@ class EDMUNet(nn.Module):
             elif "aux_norm" in name:
                 normed = block(x)
             else:
-                found = block(F.silu(normed))
+                found = block(normed)
                 out = found if out is None else out + found
-        return self.out_conv(F.silu(self.out_norm(x))) if out is None else out
+        return self.out_conv(self.out_norm(x)) if out is None else out

@@ -117,7 +117,7 @@ def cases(everything):
         known = (*known, "per_group") if per_group == 1 else known
         blocks = backward.on_chip(per_group, 1, backward.ONE_READ_BACKWARD)
         yield case("one_read_backward", backward.one_read_backward, "bf16", True, blocks, aligned=False, known=known)
-    yield case("combine", forward.combine, "bf16", False, {"BLOCK": 1024, "BLOCK_C": 128})
+    yield case("join", forward.join, "bf16", False, {"BLOCK": 1024, "BLOCK_C": 128})
     for splits in (1, 8, 64) if everything else (64,):
         blocks = {"BLOCK_C": 8, "BLOCK": splits, "num_warps": 4, "maxnreg": registers(4)}
         yield case("totals", backward.totals, "bf16", False, blocks)

@@ -9,7 +9,7 @@ from gates import launched
 def test_launches_compile(everything):
     found = launched(everything)
     assert {f["kernel"] for f in found} == {
-        "one_read", "moments", "combine", "apply", "one_read_backward", "sums", "totals", "apply_backward",
+        "one_read", "moments", "join", "apply", "one_read_backward", "sums", "totals", "apply_backward",
         "attend", "of_queries", "of_keys", "rows",
     }  # fmt: skip
     assert len({f["launch"] for f in found}) == 28
