@@ -126,7 +126,8 @@ class Watch:
 
     def share(self, folder: Path, share: str, warm: bool) -> int:
         command = [sys.executable, sys.argv[0], "--share", share, "--began", self.began, "--records", str(folder)]
-        environment = {**os.environ, WARM: "1"} if warm else None
+        # torch's compiler would start a process a core, in each of these
+        environment = {**os.environ, WARM: "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"} if warm else None
         code = 1
         while not self.stopped.is_set():
             left = self.until - time.monotonic()
