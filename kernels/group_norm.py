@@ -149,10 +149,10 @@ def check(x: Tensor, norm: Norm, residual: Tensor | None = None) -> None:
     if x.ndim < 2 or norm.groups < 1 or x.shape[1] % norm.groups or not x.is_floating_point():
         given = f"{tuple(x.shape)} {x.dtype}, {norm.groups} groups"
         raise FastdiffError(f"GroupNorm needs (B, C, ...) with C divisible by groups, in floating point; given {given}")
-    per_channel, per_sample = x.shape[1:2], x.shape[:2]
+    channels, samples = x.shape[1:2], x.shape[:2]
     for name, v, shape in (
-        ("weight", norm.weight, per_channel), ("bias", norm.bias, per_channel),
-        ("scale", norm.scale, per_sample), ("shift", norm.shift, per_sample), ("added", norm.added, per_sample),
+        ("weight", norm.weight, channels), ("bias", norm.bias, channels),
+        ("scale", norm.scale, samples), ("shift", norm.shift, samples), ("added", norm.added, samples),
     ):  # fmt: skip
         if v is not None and (v.shape != shape or v.device != x.device):
             wanted, given = f"{tuple(shape)} on {x.device}", f"{tuple(v.shape)} on {v.device}"

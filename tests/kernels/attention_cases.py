@@ -27,7 +27,8 @@ def case(kernel, cut, head, title, dtype="bf16", channels_first=False, elements=
     constants |= {k: v for k, v in options.items() if k in kernel.arg_names} | {"UPCAST": False}
     constants |= {(name, steps.index("constexpr")): 1 for name in strides}
     title = f"{title} {dtype}{' channels first' if channels_first else ''}"
-    return Case(title, kernel, types, constants, cut.warps, divisible, cut.stages, elements, maxnreg=options.get("maxnreg"))
+    maxnreg = options.get("maxnreg")
+    return Case(title, kernel, types, constants, cut.warps, divisible, cut.stages, elements, maxnreg=maxnreg, read=True)
 
 
 def forward(head, queries, keys, *how, **more):

@@ -36,6 +36,7 @@ class Case:
     elements: int = 0  # of a thread, at a U-Net's site: the instructions of the kernel or of its loop are held to their number
     most: float = 0.0  # instructions an element
     maxnreg: int | None = None  # registers of a thread, at most
+    read: bool = False  # whether the code is read, which takes longer than to compile it
 
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -78,35 +79,37 @@ def resources(case, architecture):
     source = ASTSource(case.kernel, signature=signature, constexprs=fixed, attrs=attrs)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": case.maxnreg, **FUSED}
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-    return {**measured(compiled), "elements": case.elements, "most": case.most}
+    return {**measured(compiled, case.read), "elements": case.elements, "most": case.most}
 
 
-def measured(compiled):
-    """Registers a thread, bytes of shared memory a program, bytes of stack and local memory a thread (spills), instructions, and
-    how many of them move two bytes or one."""
+def measured(compiled, read):
+    """Registers a thread, bytes of shared memory a program, bytes of stack and local memory a thread (spills); and where the code
+    is read, instructions, all and those of the loop, and how many of them move two bytes or one."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         said = run("cuobjdump", "--dump-resource-usage", file.name)
-        code = run("nvdisasm", "-c", file.name)
+        code = run("nvdisasm", "-c", file.name) if read else None
     found = {name: int(v) for name, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
-    return {
+    need = {
         "registers": found["REG"], "spill": found["STACK"] + found["LOCAL"], "shared": compiled.metadata.shared,
-        "threads": 32 * compiled.metadata.num_warps, "instructions": len(INSTRUCTION.findall(code)), "loop": loop(code),
-        "narrow": len(NARROW.findall(code)),
+        "threads": 32 * compiled.metadata.num_warps,
     }  # fmt: skip
+    if code is not None:
+        need |= {"instructions": len(INSTRUCTION.findall(code)), "loop": loop(code), "narrow": len(NARROW.findall(code))}
+    return need
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("op")
     parser.add_argument("--only", default="", help="kernels whose title holds this")
-    parser.add_argument("--all", action="store_true", help="every configuration; default: the largest of each kernel")
+    parser.add_argument("--all", action="store_true", help="every configuration; all GPUs for the sites too")
     options = parser.parse_args()
     sys.modules["cubins"] = sys.modules["__main__"]  # where the cases find Case
     cases = importlib.import_module(f"{options.op}_cases")
     for case in (c for c in cases.cases(options.all) if options.only in c.name):
-        for architecture in ARCHITECTURES:
+        for architecture in (90,) if case.elements and not options.all else ARCHITECTURES:
             need = resources(case, architecture)
             print(json.dumps({"kernel": case.name, "sm": architecture, **need}), flush=True)
 

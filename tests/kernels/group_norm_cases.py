@@ -57,7 +57,7 @@ def case(name, kernel, dtype, channels_last, blocks, aligned=True, without=(), m
     )  # fmt: skip
     elements = channels * positions // (32 * warps) if most else 0
     return Case(" ".join(filter(None, words)), kernel, types, constants, warps, divisible, elements=elements, most=most,
-                maxnreg=blocks.get("maxnreg"))  # fmt: skip
+                maxnreg=blocks.get("maxnreg"), read=bool(most))  # fmt: skip
 
 
 def largest(on_chip, per_group, *how):

@@ -153,6 +153,6 @@ def test_compiled_kernel_does_not_spill(everything):
     found = compiled("attention", everything)
     assert all(f["shared"] <= 99 * 1024 and f["narrow"] == 0 for f in found)  # no load of two bytes
     at_sites = [f for f in found if f["elements"] and f["sm"] < 100]
-    assert len(at_sites) == 2 * 2
+    assert len(at_sites) == (2 * 2 if everything else 2)
     for f in at_sites:
         assert 0 < f["loop"] / f["elements"] <= INSTRUCTIONS[int(f["kernel"].split()[1])], f

@@ -256,11 +256,12 @@ def test_any_shape(data):
 
 @pytest.mark.parametrize("everything", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiled_kernels_do_not_spill(everything):
-    """sm_80, sm_90 and sm_100, without a GPU: registers within what the block's threads may have, 48 KB, no local memory."""
+    """sm_80, sm_90 and sm_100, without a GPU: registers within what the block's threads may have, 48 KB, no local memory; what
+    is timed, in few instructions (on sm_90, unless everything is asked for)."""
     found = compiled("group_norm", everything)
     assert len({f["kernel"].split()[0] for f in found}) == 8
     assert all(f["shared"] <= 48 * 1024 for f in found)
     at_sites = [f for f in found if f["elements"]]
-    assert len(at_sites) == 3 * 15
+    assert len(at_sites) == (3 * 15 if everything else 15)
     for f in at_sites:
         assert 0 < f["instructions"] / f["elements"] <= f["most"], f
