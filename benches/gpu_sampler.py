@@ -93,7 +93,7 @@ def cases() -> Iterator[Case]:
             yield Case(about, partial(whole, name, batch))
 
 
-stage = Stage("sampler", lambda: list(cases()), seconds=60)
+stage = Stage("sampler", lambda: list(cases()), seconds=60, longest=120)
 
 if __name__ == "__main__":
     sys.exit(stage.main())

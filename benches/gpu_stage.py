@@ -111,7 +111,7 @@ class Watch:
     """Starts the processes of a stage, and starts them again where they die."""
 
     def __init__(self, stage: Stage, seconds: float) -> None:
-        self.stage, self.began, self.until = stage, now(), time.monotonic() + seconds
+        self.stage, self.began, self.seconds, self.start = stage, now(), seconds, time.monotonic()
         self.stopped = threading.Event()
         signal.signal(signal.SIGTERM, self.stop)  # what gpu.sh sends; what was measured is shown
 
@@ -120,7 +120,7 @@ class Watch:
         sys.exit("out of time")
 
     def shares(self, folder: Path, count: int, warm: bool = False) -> list[int]:
-        """The exit codes of so many processes beside each other."""
+        """The exit codes of so many processes beside each other; those that only warm up have half of the time."""
         with ThreadPoolExecutor(count) as pool:
             return list(pool.map(lambda i: self.share(folder, f"{i}/{count}", warm), range(count)))
 
@@ -130,7 +130,7 @@ class Watch:
         environment = {**os.environ, WARM: "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"} if warm else None
         code = 1
         while not self.stopped.is_set():
-            left = self.until - time.monotonic()
+            left = self.start + self.seconds / (2 if warm else 1) - time.monotonic()
             code = subprocess.run([*command, "--seconds", str(left)], env=environment).returncode
             records = Record.find(folder, stage=self.stage.name, time=self.began, share=share)
             if not records:
