@@ -296,10 +296,11 @@ def aligned(*tensors: Tensor | None) -> bool:
     return along % 16 == 0 and all(v.data_ptr() % 16 == 0 and all(n == 1 or n % 16 == 0 for n in v.stride()) for v in given)
 
 
-def on_chip(per_group: int, positions: int, channels_last: bool, wide: bool) -> dict[str, Any] | None:
+def on_chip(per_group: int, positions: int, channels_last: bool, wide: bool, added: bool = False) -> dict[str, Any] | None:
     """Block sizes and warps of the kernel that reads a group once; None where it does not fit.
 
-    wide: what is loaded is `aligned`.
+    wide: what is loaded is `aligned`. added: an embedding is added, which spills 8 bytes in channels-last if not all registers
+    may be taken (Triton 3.6).
     """
     c0, c1 = parts(per_group)
     block_s = triton.next_power_of_2(positions)
@@ -310,13 +311,13 @@ def on_chip(per_group: int, positions: int, channels_last: bool, wide: bool) -> 
     warps = min(triton.next_power_of_2(triton.cdiv(size, 1280 if wide else 640)), 16)
     return {
         "CHANNELS": per_group, "C0": c0, "C1": c1, "BLOCK_S": block_s, "ALL_S": block_s == positions, "num_warps": warps,
-        "maxnreg": None if wide else registers(warps), **FUSED,
+        "maxnreg": None if wide and not (added and channels_last) else registers(warps), **FUSED,
     }  # fmt: skip
 
 
 def forward(x: Tensor, norm: Norm, residual: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """(y, x + residual or None, mean, rstd). The contract is `group_norm.why_not`; x that has no single stride over its
-    positions is copied first."""
+    """(y, x + residual or None, mean, rstd). The contract is `group_norm.why_not`, and a residual or `added`, not both. x that
+    has no single stride over its positions is copied first."""
     y = like(x)
     total = like(x) if residual is not None else None
     v, out = flat(x), flat(y)
@@ -329,7 +330,7 @@ def forward(x: Tensor, norm: Norm, residual: Tensor | None = None) -> tuple[Tens
     strides_r = r.stride() if r is not None else (0, 0, 0)
     per_group = channels // norm.groups
     channels_last, wide = v.stride(1) == 1, aligned(v, r, out)
-    if blocks := on_chip(per_group, positions, channels_last, wide):
+    if blocks := on_chip(per_group, positions, channels_last, wide, norm.added is not None):
         one_read[(batch * norm.groups,)](
             v, r, *affine, y, total, mean, rstd, norm.groups, positions, norm.eps, *v.stride(), *strides_r,
             *out.stride(), *rows, SILU=norm.silu, **blocks,

@@ -53,7 +53,7 @@ def case(name, kernel, dtype, channels_last, blocks, aligned=True, without=(), m
     words = (
         name, dtype, "nhwc" if channels_last else "nchw", f"{channels}x{positions}", "aligned" * aligned,
         "whole" * blocks.get("ALL_S", False), *(f"{k}=1" for k in known if k != "tiles"), "site" * bool(most),
-        "bare" * (without == OPTIONAL), "added" * (bool(most) and "added" not in without),
+        "bare" * (without == OPTIONAL), "added" * ("residual" in without and "added" not in without),
     )  # fmt: skip
     elements = channels * positions // (32 * warps) if most else 0
     return Case(" ".join(filter(None, words)), kernel, types, constants, warps, divisible, elements=elements, most=most,
@@ -76,6 +76,7 @@ def sites():
         blocks = forward.on_chip(per_group, positions, channels_last, True)
         yield case("one_read", forward.one_read, "bf16", channels_last, blocks, without=AT_A_SITE, most=20)
         if per_group == 40:
+            blocks = forward.on_chip(per_group, positions, channels_last, True, added=True)
             yield case("one_read", forward.one_read, "bf16", channels_last, blocks, without=AT_A_SITE - {"added"}, most=22)
     for channels, positions, channels_last, most in (
         (320, 4096, False, (9, 13)), (1280, 1024, False, (12, 13)), (320, 4096, True, (13.5, 13.5)),
@@ -92,8 +93,10 @@ def cases(everything):
     groups = (1, 4, 5, 10, 16, 20, 30, 40, 64, 80) if everything else (16, 20)
     for dtype, channels_last in product(dtypes, (False, True) if everything else (False,)):
         for aligned, per_group in product((True, False), groups):
-            for blocks in largest(forward.on_chip, per_group, channels_last, aligned):
-                yield case("one_read", forward.one_read, dtype, channels_last, blocks, aligned=aligned)
+            for added in (False, True) if everything else (False,):  # a residual or an embedding, never both
+                more = {"aligned": aligned, "without": {"residual", "total"} if added else {"added"}}
+                for blocks in largest(forward.on_chip, per_group, channels_last, aligned, added):
+                    yield case("one_read", forward.one_read, dtype, channels_last, blocks, **more)
             limit = backward.ONE_READ_BACKWARD if aligned and not channels_last else backward.ONE_READ_BACKWARD // 2
             for blocks in largest(backward.on_chip, per_group, limit):
                 yield case("one_read_backward", backward.one_read_backward, dtype, channels_last, blocks, aligned=aligned)
@@ -113,7 +116,7 @@ def cases(everything):
     for per_group in (1, 20):  # an image of one pixel, or no image
         known = ("positions", "xb", "xc", "xs", "groups")[: 1 if per_group > 1 else 5]
         blocks = forward.on_chip(per_group, 1, True, False)
-        yield case("one_read", forward.one_read, "bf16", True, blocks, aligned=False, known=known)
+        yield case("one_read", forward.one_read, "bf16", True, blocks, aligned=False, known=known, without={"added"})
         known = (*known, "per_group") if per_group == 1 else known
         blocks = backward.on_chip(per_group, 1, backward.ONE_READ_BACKWARD)
         yield case("one_read_backward", backward.one_read_backward, "bf16", True, blocks, aligned=False, known=known)

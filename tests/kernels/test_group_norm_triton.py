@@ -147,7 +147,8 @@ def no_access_outside():
     shapes = [(1, 6, 5, 7), (1, 6, 5, 7), (6,), (1, 6), (1, 6, 5, 7)]
     walls = [guarded(tensor(s, seed=i)) for i, s in enumerate(shapes)]
     x, residual, weight, added, dy = (inner for _, inner in walls)
-    norm = m.Norm(2, weight, weight, 1e-5, added, added, True, added)
+    norm = m.Norm(2, weight, weight, 1e-5, added, added, True)
+    embedded = norm._replace(added=added)
 
     def fenced(make):
         def made(*given, **options):
@@ -160,13 +161,15 @@ def no_access_outside():
         patch.setattr(torch, "empty_like", fenced(torch.empty_like))  # results
         patch.setattr(torch, "empty", fenced(torch.empty))  # statistics, workspaces
         y, total, mean, rstd = forward.forward(x, norm, residual)
-        found = backward.backward(dy, total + added[:, :, None, None], mean, rstd, norm._replace(added=None), residual)
+        z = forward.forward(x, embedded)[0]
+        found = backward.backward(dy, total, mean, rstd, norm, residual)
     torch.testing.assert_close(total, x + residual, rtol=0, atol=0)
     torch.testing.assert_close(y, m.reference(total, norm))
-    wanted = m.backward_reference(dy, total + added[:, :, None, None], mean, rstd, norm, residual)
+    torch.testing.assert_close(z, m.reference(x, embedded))
+    wanted = m.backward_reference(dy, total, mean, rstd, norm, residual)
     for got, right in zip(found, wanted, strict=True):
         torch.testing.assert_close(got, right)
-    assert len(walls) >= 5 + 2 + 2 + 3
+    assert len(walls) >= 5 + 2 + 2 + 1 + 2 + 3  # given; y, total and statistics; z and its own; dx, p, q
     for buffer, inner in walls:
         edge = (buffer.numel() - inner.numel()) // 2
         assert buffer[:edge].isnan().all() and buffer[-edge:].isnan().all()
