@@ -99,6 +99,13 @@ def test_sampler(dry, networks):
     assert len(seen) == 4 and all(row["torch us/row"] > 0 for row in seen[:3]) and seen[3]["ours ms"] > 0
 
 
+@pytest.mark.slow
+@needs_triton
+def test_what_compute_sanitizer_watches(load, as_on_a_gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    load("sanitize").kernels()
+
+
 @needs_triton
 def test_launches_are_counted(networks):
     """Of the small U-Net's GroupNorms each is one kernel of ours, and takes in what torch launches beside its three."""
