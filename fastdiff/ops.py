@@ -60,6 +60,13 @@ def why_torch(device: torch.device) -> str | None:
     return missing_triton(device)
 
 
+def dtypes(op: str) -> tuple[torch.dtype, ...]:
+    """What an op's kernel takes."""
+    from .kernels import attention, group_norm
+
+    return {"group_norm_silu": group_norm.DTYPES, "attention": attention.DTYPES}[op]
+
+
 def backends() -> dict[str, str]:
     """What each op runs on here: "triton", or "torch" and why."""
     from .kernels import attention

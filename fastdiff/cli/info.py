@@ -76,7 +76,7 @@ def _environment() -> dict[str, Any]:
     from ..variants import has_bf16
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    versions = {name: _version(name) for name in OPTIONAL}
+    versions = _versions()
     return {
         "version": __version__,
         "python": platform.python_version(),
@@ -91,12 +91,11 @@ def _environment() -> dict[str, Any]:
     }
 
 
-def _version(module: str) -> str | None:
-    """The version of what a module is part of, never imported; None where it is not installed."""
-    if find_spec(module) is None:
-        return None
-    owners = metadata.packages_distributions().get(module)
-    return metadata.version(owners[0]) if owners else "of unknown version"
+def _versions() -> dict[str, str | None]:
+    """The version of what each module is part of, never imported; None where it is not installed."""
+    owners = metadata.packages_distributions()  # once: it reads all that is installed
+    known = {name: metadata.version(owners[name][0]) for name in OPTIONAL if name in owners}
+    return {name: known.get(name, "of unknown version") if find_spec(name) else None for name in OPTIONAL}
 
 
 def _checkpoint(name: str) -> dict[str, Any]:

@@ -7,16 +7,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .. import ops
 from .rules import ATTENTION
 
 MISSING = object()
-HALF = (torch.float16, torch.bfloat16)
-# What the kernels take: DTYPES in fastdiff.kernels, which ops alone imports; a test holds them equal
-DTYPES = {"group_norm_silu": (torch.float32, *HALF), "attention": HALF}
 
 
 @dataclass(frozen=True)
@@ -82,17 +78,13 @@ def counted(head: str, what: Iterable[str]) -> tuple[str, ...]:
     return tuple(f"{head}: {n} x {each}" for each, n in Counter(what).most_common())
 
 
-def op_of(kind: str) -> str:
-    return "attention" if kind == ATTENTION else "group_norm_silu"
-
-
 def why_refused(kind: str, parameter: Tensor | None) -> str | None:
     """Why a site's kernel cannot run on what its parameter is like; None where it can."""
     if parameter is None:
         return "no parameter tells its device"
     if why := ops.why_torch(parameter.device):
         return why
-    if parameter.dtype not in (taken := DTYPES[op_of(kind)]):
+    if parameter.dtype not in (taken := ops.dtypes("attention" if kind == ATTENTION else "group_norm_silu")):
         return f"the kernel takes {', '.join(str(d).removeprefix('torch.') for d in taken)}; given {parameter.dtype}"
     return None
 
